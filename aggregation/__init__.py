@@ -1,0 +1,1 @@
+"""Adapters as values, and how to combine them. NumPy only; no framework, no network."""

@@ -1,0 +1,336 @@
+"""What an adapter is, apart from its numbers: the only place that knows PEFT's conventions.
+
+A specification lists the adapted modules with their shapes, ranks and scales, and the tensors
+that travel whole (a classification head). It is closed: everything that a receiver needs in order
+to rebuild a PEFT configuration is here and is schema-checked, so no configuration is ever taken
+from a payload.
+
+    >>> spec = AdapterSpec(base_digest="sha256:" + "0" * 64,
+    ...                    modules=(ModuleSpec("encoder.query", d_in=8, d_out=4, rank=2, alpha=16.0),))
+    >>> spec.scale("encoder.query")
+    8.0
+    >>> sorted(spec.shapes())[0]
+    'base_model.model.encoder.query.lora_A.weight'
+
+It knows nothing of torch, of files, or of who trained the adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from aggregation.errors import AggregationError
+
+PREFIX = "base_model.model."
+MAX_RANK = 256
+MAX_MODULES = 4096
+MAX_DIMENSION = 1 << 20
+MICRO = 1_000_000
+
+_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+class SpecError(AggregationError):
+    """A specification contradicts itself, or a PEFT configuration is outside what we accept."""
+
+
+class Orientation(StrEnum):
+    """How the base layer stores its weight, relative to the product B A of shape (d_out, d_in)."""
+
+    LINEAR = "linear"  # weight is (d_out, d_in)
+    CONV1D = "conv1d"  # weight is (d_in, d_out), as in GPT-2: the product is transposed on merge
+    EMBEDDING = "embedding"  # weight is (num_embeddings = d_in, d_out): transposed on merge too
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One adapted module.
+
+    Attributes:
+        name: dotted path inside the base model.
+        d_in: input width; for an embedding, the number of embeddings.
+        d_out: output width.
+        rank: r, the number of columns of B.
+        alpha: LoRA's alpha; the scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
+        orientation: how the base layer stores its weight.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    alpha: float
+    orientation: Orientation = Orientation.LINEAR
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise SpecError(f"module name {self.name!r} is not a dotted path of identifiers")
+        for what, value in (("d_in", self.d_in), ("d_out", self.d_out)):
+            if not 1 <= value <= MAX_DIMENSION:
+                raise SpecError(f"{self.name}: {what}={value} is outside 1..{MAX_DIMENSION}")
+        limit = min(MAX_RANK, self.d_in, self.d_out)
+        if not 1 <= self.rank <= limit:
+            raise SpecError(
+                f"{self.name}: rank={self.rank} is outside 1..{limit} "
+                f"(the smaller of {MAX_RANK} and the module's dimensions {self.d_out} x {self.d_in})"
+            )
+        micro = self.alpha * MICRO
+        if not (
+            math.isfinite(micro) and 0 < self.alpha <= 4096 and abs(micro - round(micro)) < 1e-3
+        ):
+            raise SpecError(
+                f"{self.name}: alpha={self.alpha} must be above 0, at most 4096, in whole millionths"
+            )
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Names of the A and the B tensor, as PEFT writes them."""
+        if self.orientation is Orientation.EMBEDDING:
+            return (
+                f"{PREFIX}{self.name}.lora_embedding_A",
+                f"{PREFIX}{self.name}.lora_embedding_B",
+            )
+        return f"{PREFIX}{self.name}.lora_A.weight", f"{PREFIX}{self.name}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is trained and sent whole, such as a classification head.
+
+    Attributes:
+        name: dotted path inside the base model, for example ``classifier.weight``.
+        shape: its shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name) or "." not in self.name:
+            raise SpecError(f"tensor name {self.name!r} is not a dotted path module.parameter")
+        if (
+            not self.shape
+            or len(self.shape) > 4
+            or any(not 1 <= n <= MAX_DIMENSION for n in self.shape)
+        ):
+            raise SpecError(f"{self.name}: shape {self.shape} is not 1 to 4 positive dimensions")
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor, as PEFT writes it."""
+        return PREFIX + self.name
+
+    @property
+    def module(self) -> str:
+        """The module that owns the tensor; PEFT lists it in ``modules_to_save``."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Everything about an adapter but its numbers. Immutable; equal specs have equal digests.
+
+    Attributes:
+        base_digest: ``sha256:<hex>`` of the base model that the adapter was made for.
+        modules: adapted modules, kept sorted by name.
+        others: tensors sent whole, kept sorted by name.
+        use_rslora: scale alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, section 3).
+        task: what the adapted model does: ``feature``, ``sequence-classification``, ``causal-lm``.
+        labels: names of the classes, for a classifier.
+
+    Raises:
+        SpecError: on duplicates, on too many modules, or on a malformed field.
+    """
+
+    base_digest: str
+    modules: tuple[ModuleSpec, ...] = ()
+    others: tuple[TensorSpec, ...] = ()
+    use_rslora: bool = False
+    task: str = "feature"
+    labels: tuple[str, ...] = ()
+    peft_type: str = field(default="LORA")
+
+    def __post_init__(self) -> None:
+        if not _DIGEST.match(self.base_digest):
+            raise SpecError(f"base_digest {self.base_digest!r} is not 'sha256:' and 64 hex digits")
+        if self.peft_type != "LORA":
+            raise SpecError(f"peft_type {self.peft_type!r} is not supported; allowed: LORA")
+        if self.task not in TASK_TYPES:
+            raise SpecError(f"task {self.task!r} is not one of {', '.join(TASK_TYPES)}")
+        if len(self.modules) + len(self.others) > MAX_MODULES:
+            raise SpecError(f"more than {MAX_MODULES} modules")
+        if not self.modules and not self.others:
+            raise SpecError("the adapter has neither adapted modules nor other tensors")
+        if any(not 0 < len(label) <= 64 for label in self.labels) or len(self.labels) > 4096:
+            raise SpecError("labels must be 1 to 64 characters each, at most 4096 of them")
+        object.__setattr__(self, "modules", tuple(sorted(self.modules, key=lambda m: m.name)))
+        object.__setattr__(self, "others", tuple(sorted(self.others, key=lambda t: t.name)))
+        names = [m.name for m in self.modules] + [t.name for t in self.others]
+        twice = (
+            sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        )
+        if twice:
+            raise SpecError(f"named twice: {', '.join(twice)}")
+
+    @cached_property
+    def _by_name(self) -> dict[str, ModuleSpec]:
+        return {m.name: m for m in self.modules}
+
+    def module(self, name: str) -> ModuleSpec:
+        """The specification of one module.
+
+        Raises:
+            SpecError: if the adapter does not adapt it.
+        """
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise SpecError(f"the adapter has no module {name!r}") from None
+
+    def scale(self, name: str) -> float:
+        """The scale s of a module: the update of its weight is s B A (Hu et al. 2021, section 4.1)."""
+        module = self.module(name)
+        return module.alpha / (math.sqrt(module.rank) if self.use_rslora else module.rank)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's PEFT name and shape, in canonical (sorted) order."""
+        out: dict[str, tuple[int, ...]] = {}
+        for module in self.modules:
+            key_a, key_b = module.keys
+            out[key_a] = (module.rank, module.d_in)
+            out[key_b] = (module.d_out, module.rank)
+        for tensor in self.others:
+            out[tensor.key] = tensor.shape
+        return dict(sorted(out.items()))
+
+    @cached_property
+    def size(self) -> int:
+        """Number of values in all tensors together."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def with_ranks(self, ranks: int | Mapping[str, int]) -> AdapterSpec:
+        """The same adapter at other ranks; alpha is kept, so the scale changes with the rank."""
+        from dataclasses import replace
+
+        def rank(module: ModuleSpec) -> int:
+            return ranks if isinstance(ranks, int) else ranks.get(module.name, module.rank)
+
+        return replace(self, modules=tuple(replace(m, rank=rank(m)) for m in self.modules))
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no blanks, integers only (alpha in millionths)."""
+        doc = {
+            "base_digest": self.base_digest,
+            "labels": list(self.labels),
+            "modules": [
+                {
+                    "alpha_micro": round(m.alpha * MICRO),
+                    "d_in": m.d_in,
+                    "d_out": m.d_out,
+                    "name": m.name,
+                    "orientation": m.orientation.value,
+                    "rank": m.rank,
+                }
+                for m in self.modules
+            ],
+            "others": [{"name": t.name, "shape": list(t.shape)} for t in self.others],
+            "peft_type": self.peft_type,
+            "schema": 1,
+            "task": self.task,
+            "use_rslora": self.use_rslora,
+        }
+        return json.dumps(doc, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> AdapterSpec:
+        """Read what :meth:`to_json` wrote; every field is checked and none is optional.
+
+        Raises:
+            SpecError: on anything unknown, missing or of the wrong type.
+        """
+        try:
+            doc = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"the specification is not JSON: {error}") from None
+        try:
+            return cls._from_document(doc)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SpecError(f"the specification has a wrong field: {error!r}") from None
+
+    @classmethod
+    def _from_document(cls, doc: Any) -> AdapterSpec:
+        _exact(doc, _FIELDS, "specification")
+        if doc["schema"] != 1:
+            raise SpecError(f"specification schema {doc['schema']!r} is not 1")
+        modules = []
+        for m in doc["modules"]:
+            _exact(m, _MODULE_FIELDS, "module")
+            _typed(int, m["d_in"], m["d_out"], m["rank"], m["alpha_micro"])
+            modules.append(
+                ModuleSpec(
+                    m["name"],
+                    m["d_in"],
+                    m["d_out"],
+                    m["rank"],
+                    m["alpha_micro"] / MICRO,
+                    Orientation(m["orientation"]),
+                )
+            )
+        others = []
+        for t in doc["others"]:
+            _exact(t, {"name", "shape"}, "tensor")
+            _typed(int, *t["shape"])
+            others.append(TensorSpec(t["name"], tuple(t["shape"])))
+        _typed(bool, doc["use_rslora"])
+        _typed(str, *doc["labels"])
+        return cls(
+            doc["base_digest"],
+            tuple(modules),
+            tuple(others),
+            doc["use_rslora"],
+            doc["task"],
+            tuple(doc["labels"]),
+            doc["peft_type"],
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """``sha256:<hex>`` of the canonical JSON."""
+        return "sha256:" + hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+TASK_TYPES: Mapping[str, str | None] = {
+    "feature": None,
+    "sequence-classification": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+}
+_FIELDS = {
+    "base_digest",
+    "labels",
+    "modules",
+    "others",
+    "peft_type",
+    "schema",
+    "task",
+    "use_rslora",
+}
+_MODULE_FIELDS = {"alpha_micro", "d_in", "d_out", "name", "orientation", "rank"}
+
+
+def _exact(doc: Any, fields: set[str], what: str) -> None:
+    if not isinstance(doc, dict) or set(doc) != fields:
+        raise SpecError(f"a {what} must have exactly the fields {', '.join(sorted(fields))}")
+
+
+def _typed(kind: type, *values: Any) -> None:
+    if any(type(value) is not kind for value in values):
+        raise SpecError(f"expected {kind.__name__} in {values!r}")

@@ -1,0 +1,1 @@
+"""Generated from protos/fleet.proto by `make protos`; never edited by hand."""

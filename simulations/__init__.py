@@ -1,0 +1,1 @@
+"""The world around the product: scenarios, simulated fleets, bad links, attackers."""
