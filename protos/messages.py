@@ -1,14 +1,22 @@
-"""The nouns that cross the wire, free of protobuf, and their conversion at the door.
+"""The nouns that cross the wire, free of protobuf, and the rules that both sides share.
 
-``to_wire`` and ``from_wire`` are the only places where generated classes meet domain code;
-``from_wire`` checks while it converts and refuses what is out of bounds.
+``to_wire`` and ``from_wire`` (written in :mod:`protos.conversion`, offered here) are the only
+places where generated classes meet domain code; ``from_wire`` checks while it converts and refuses
+what is out of bounds.
+
+Which devices a round reaches is a rule of the wire too, since both sides must compute the same:
+:func:`bucket`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
+
+BUCKETS = 10_000  # one bucket is one basis point of the fleet
 
 
 class RejectReason(StrEnum):
@@ -137,3 +145,96 @@ class Heartbeat:
     """The server is there; its clock is a hint, never trusted."""
 
     server_time_unix_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportBatch:
+    """Signed reports of one device, oldest first; safe to send again."""
+
+    reports: tuple[SignedReport, ...]
+
+
+@dataclass(frozen=True)
+class ReportAck:
+    """Every report of the device up to this sequence is durable at the server."""
+
+    accepted_through: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchRequest:
+    """What the device has already seen, so that the server can tell who lags behind."""
+
+    timestamp_version: int = 0
+    root_version: int = 0
+    running_release: str = ""
+
+
+@dataclass(frozen=True)
+class FetchRequest:
+    """A file of the repository (an opaque key) and the first byte wanted."""
+
+    path: str
+    offset: int = 0
+
+
+def bucket(salt: str, device_id: str) -> int:
+    """The bucket of a device in one rollout, in 0..9999.
+
+    Stable for a salt, so that a wave which grows only ever adds devices; independent between
+    salts, so that no device is always the first.
+
+    >>> bucket("spring", "d-1") == bucket("spring", "d-1"), 0 <= bucket("spring", "d-1") < BUCKETS
+    (True, True)
+    """
+    digest = hashlib.sha256(f"{salt}:{device_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % BUCKETS
+
+
+def encode_report(report: Report) -> bytes:
+    """The very bytes that the device signs and the server keeps (a serialised ReportBody).
+
+    >>> one = Report(device_id="d-1", sequence=1, time_unix_ms=0, event=DeviceEvent.STARTED)
+    >>> decode_report(encode_report(one)) == one
+    True
+    """
+    from protos.conversion import encode_report as encode
+
+    return encode(report)
+
+
+def decode_report(body: bytes) -> Report:
+    """The report in a signed body; check the signature over ``body`` first.
+
+    Raises:
+        WireError: not a ReportBody, or a field out of bounds.
+    """
+    from protos.conversion import decode_report as decode
+
+    return decode(body)
+
+
+def to_wire(noun: Any) -> Any:
+    """The protobuf message of a noun; a bundle and a heartbeat become a ``WatchEvent``.
+
+    >>> from_wire(to_wire(FetchRequest("targets/00.x", 7)))
+    FetchRequest(path='targets/00.x', offset=7)
+
+    Raises:
+        TypeError: not a noun of this module.
+    """
+    from protos.conversion import to_wire as convert
+
+    return convert(noun)
+
+
+def from_wire(message: Any) -> Any:
+    """The noun in a protobuf message, every field checked against its bound.
+
+    Raises:
+        WireError: a field out of bounds; the text names it.
+        TypeError: not a message of ``fleet.proto``.
+    """
+    from protos.conversion import from_wire as convert
+
+    return convert(message)

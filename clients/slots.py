@@ -1,0 +1,312 @@
+"""Two slots for releases, and a state file that says which one serves.
+
+The idle slot is written and tried while the active one serves; a commit is one atomic rename of
+``state.json``. Whatever is killed whenever: ``active()`` is the release last committed, whole, and
+a download goes on at the byte where it stopped. Folder::
+
+    slots/state.json              {"active", "previous", "trial", "attempts"}; the only pointer
+    slots/{a,b}/release.json      what is in the slot
+    slots/{a,b}/payload           the signed bytes, exactly
+    slots/partial/<sha256>.part   a download; appended unbuffered, so a SIGKILL loses no byte
+
+    partial = slots.partial(record.sha256, record.length)
+    partial.append(chunk) ...; data = partial.finish()        # hash and length as signed
+    slots.stage(record, data)
+    slots.attempt()                                           # counted before anything is loaded
+    slots.commit()  or  slots.revert()
+
+It knows nothing of adapters, signatures or the network. One process per folder (the device's lock).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from aggregation.durable import StorageError, write_bytes, write_folder
+from clients.errors import ClientError
+from clients.health import NoSpace
+
+log = logging.getLogger("airpeft.clients.slots")
+
+FOLDER = "slots"
+_NAMES = ("a", "b")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class PayloadMismatch(ClientError):  # noqa: N818  (named by the reason that it is reported with)
+    """Fetched bytes are not the signed ones; what was fetched has been deleted."""
+
+
+class SlotDamaged(ClientError):  # noqa: N818
+    """A slot's content is not what was committed (a failing disk, a stranger's edit)."""
+
+
+@dataclass(frozen=True)
+class SlotRecord:
+    """What a slot remembers of its release: the signed facts, and the order that brought it.
+
+    Attributes:
+        release: name that people use, such as ``default-3``.
+        counter: the release counter.
+        target: path in the repository.
+        sha256: hex digest of the payload; with ``length`` the identity of the bytes.
+        length: payload bytes.
+        plain_length: bytes after decompression.
+        adapter_digest: digest of the decoded adapter.
+        spec_digest: digest of its specification.
+        base_digest: base model that it belongs to.
+        rollout: rollout that ordered it.
+        round_sequence: number of the round document that ordered it.
+    """
+
+    release: str
+    counter: int
+    target: str
+    sha256: str
+    length: int
+    plain_length: int
+    adapter_digest: str
+    spec_digest: str
+    base_digest: str
+    rollout: str = ""
+    round_sequence: int = 0
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """The pointers: which slot serves, which served before and is whole, which is on trial."""
+
+    active: str | None = None
+    previous: str | None = None
+    trial: str | None = None
+    attempts: int = 0
+
+
+class Partial:
+    """A download that survives kills. ``offset`` says where to go on."""
+
+    def __init__(self, path: Path, sha256: str, length: int) -> None:
+        self._path, self._sha256, self.length = path, sha256, length
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.offset > length:
+            self.discard()
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are there."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def append(self, data: bytes) -> None:
+        """Add the next bytes.
+
+        Raises:
+            PayloadMismatch: more bytes than were signed; the file is deleted.
+            NoSpace: the disk is full; what fitted stays for the next try.
+            StorageError: another failure to write.
+        """
+        if self.offset + len(data) > self.length:
+            self.discard()
+            raise PayloadMismatch(f"more than the {self.length} bytes that were signed")
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+        except OSError as error:
+            raise _storage(self._path, error) from error
+
+    def finish(self) -> bytes:
+        """The whole content, if it is what was signed.
+
+        Raises:
+            PayloadMismatch: another length or hash; the file is deleted, so the next try is clean.
+        """
+        data = self._path.read_bytes() if self._path.exists() else b""
+        found = hashlib.sha256(data).hexdigest()
+        if len(data) != self.length or found != self._sha256:
+            self.discard()
+            raise PayloadMismatch(
+                f"fetched {len(data)} bytes with sha256 {found[:16]}…, "
+                f"signed are {self.length} bytes with {self._sha256[:16]}…"
+            )
+        return data
+
+    def discard(self) -> None:
+        """Forget what was fetched."""
+        self._path.unlink(missing_ok=True)
+
+
+class Slots:
+    """The two slots of one device."""
+
+    def __init__(self, home: Path) -> None:
+        self._folder = home / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._state = self._read_state()
+
+    @property
+    def state(self) -> SlotState:
+        """The pointers as they are on disk."""
+        return self._state
+
+    def partial(self, sha256: str, length: int) -> Partial:
+        """The download of a payload, new or begun by an earlier process."""
+        return Partial(self._folder / "partial" / f"{sha256}.part", sha256, length)
+
+    def active(self) -> SlotRecord | None:
+        """The release last committed; None before the first, when the base serves alone."""
+        return None if self._state.active is None else self._record(self._state.active)
+
+    def trial(self) -> SlotRecord | None:
+        """The release that was staged and neither committed nor reverted."""
+        return None if self._state.trial is None else self._record(self._state.trial)
+
+    def holds(self, sha256: str) -> bool:
+        """Whether the idle slot has this very payload, whole: no need to fetch it again."""
+        try:
+            idle = self._idle()
+            return self._record(idle).sha256 == sha256 and bool(self._payload(idle))
+        except SlotDamaged:
+            return False
+
+    def stage(self, record: SlotRecord, data: bytes | None = None) -> None:
+        """Put a release into the idle slot, on trial.
+
+        Args:
+            record: its facts.
+            data: its payload; None where :meth:`holds` said that it is there.
+
+        Raises:
+            NoSpace: the disk is full; the active slot is untouched.
+            StorageError: another failure to write.
+            SlotDamaged: no data given and the slot does not hold it.
+        """
+        idle = self._idle()
+        if data is None:
+            data = self._payload(idle)
+        _check_payload(record, data)
+        # The idle slot stops being a place to fall back to before its content changes.
+        self._write_state(replace(self._state, previous=None, trial=None, attempts=0))
+        document = json.dumps(asdict(record), sort_keys=True).encode()
+        try:
+            write_folder(self._folder / idle, {"release.json": document, "payload": data})
+        except StorageError as error:
+            raise _storage(self._folder / idle, error.__cause__) from error
+        self._write_state(replace(self._state, trial=idle))
+        self.partial(record.sha256, record.length).discard()
+
+    def attempt(self) -> int:
+        """Count, durably, one more try of the release on trial; hand out the number of tries.
+
+        A release that kills the process that loads it is found by this count after the restart.
+        """
+        self._write_state(replace(self._state, attempts=self._state.attempts + 1))
+        return self._state.attempts
+
+    def trial_payload(self) -> bytes:
+        """The bytes on trial, hash checked again.
+
+        Raises:
+            SlotDamaged: there is no trial, or its content has changed.
+        """
+        if self._state.trial is None:
+            raise SlotDamaged("no release is on trial")
+        return self._payload(self._state.trial)
+
+    def active_payload(self) -> bytes:
+        """The committed bytes, hash checked again.
+
+        Raises:
+            SlotDamaged: there is none, or its content has changed.
+        """
+        if self._state.active is None:
+            raise SlotDamaged("no release is committed")
+        return self._payload(self._state.active)
+
+    def commit(self) -> None:
+        """Make the release on trial the active one: one atomic rename.
+
+        Raises:
+            SlotDamaged: there is no trial.
+            NoSpace: the state could not be written; the old release is still the active one.
+            StorageError: another failure to write.
+        """
+        if self._state.trial is None:
+            raise SlotDamaged("no release is on trial")
+        self._write_state(SlotState(active=self._state.trial, previous=self._state.active))
+        shutil.rmtree(self._folder / "partial", ignore_errors=True)
+
+    def revert(self) -> None:
+        """End the trial; the active release goes on as if nothing had been."""
+        self._write_state(replace(self._state, trial=None, attempts=0))
+
+    def fall_back(self) -> SlotRecord | None:
+        """Give up a damaged active slot for the one that served before; None: the base alone."""
+        self._write_state(SlotState(active=self._state.previous))
+        return self.active()
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def _idle(self) -> str:
+        return "b" if self._state.active == "a" else "a"
+
+    def _record(self, slot: str) -> SlotRecord:
+        try:
+            return SlotRecord(**json.loads((self._folder / slot / "release.json").read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise SlotDamaged(f"{self._folder / slot / 'release.json'}: {error}") from None
+
+    def _payload(self, slot: str) -> bytes:
+        record = self._record(slot)
+        try:
+            data = (self._folder / slot / "payload").read_bytes()
+        except OSError as error:
+            raise SlotDamaged(f"{self._folder / slot / 'payload'}: {error.strerror}") from None
+        _check_payload(record, data)
+        return data
+
+    def _read_state(self) -> SlotState:
+        path = self._folder / "state.json"
+        if not path.exists():
+            return SlotState()
+        try:
+            state = SlotState(**json.loads(path.read_bytes()))
+            slots = {state.active, state.previous, state.trial} - {None}
+            if not slots <= set(_NAMES) or type(state.attempts) is not int:
+                raise ValueError(f"unknown slot in {state}")
+        except (ValueError, TypeError) as error:
+            log.error("%s is damaged (%s): starting from the base model alone", path, error)
+            return SlotState()
+        return state
+
+    def _write_state(self, state: SlotState) -> None:
+        try:
+            write_bytes(
+                self._folder / "state.json", json.dumps(asdict(state), sort_keys=True).encode()
+            )
+        except StorageError as error:
+            raise _storage(self._folder / "state.json", error.__cause__) from error
+        self._state = state
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error says that the disk, the quota or the file size limit is used up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def _storage(path: Path, error: BaseException | None) -> Exception:
+    if is_full(error):
+        return NoSpace(f"{path}: the disk is full: free some space; the device tries again")
+    return StorageError(f"cannot write {path}: {error}")
+
+
+def _check_payload(record: SlotRecord, data: bytes) -> None:
+    if len(data) != record.length or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise SlotDamaged(f"{record.release}: the payload is not the signed one")
+

@@ -1,0 +1,182 @@
+"""What the device did, kept on disk until the server has it.
+
+A report is signed and durable before anything else happens, numbered without reuse, sent in
+batches as often as it takes, and deleted only when the server says that it is durable there: it
+arrives whether or not the link, the server or this process lives at the time. Folder::
+
+    telemetry/000000000017-committed.report   one signed report (SignedReport of fleet.proto)
+    telemetry/acked.json                      {"through": n}: numbers up to n are never used again
+
+It knows nothing of connections: :meth:`ReportQueue.deliver` is given the sending function.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aggregation.durable import write_bytes
+from clients.errors import ClientError
+from protos.generated import fleet_pb2
+from protos.messages import (
+    DeviceEvent,
+    Report,
+    SignedReport,
+    encode_report,
+    from_wire,
+    to_wire,
+)
+
+log = logging.getLogger("airpeft.clients.telemetry")
+
+FOLDER = "telemetry"
+SUFFIX = ".report"
+BATCH = 64
+LIMIT = 4096
+Send = Callable[[Sequence[SignedReport]], int]
+
+
+class TelemetryError(ClientError):
+    """The queue on disk contradicts itself; the message says what to remove."""
+
+
+class ReportQueue:
+    """The reports of one device that the server has not confirmed. Safe for several threads.
+
+    Args:
+        home: the device's home folder.
+        device_id: goes into every report.
+        sign: signs a report's exact bytes with the device's key.
+        now_ms: Unix time in milliseconds.
+        limit: reports kept while offline; beyond it the oldest health reports go first, then the
+            oldest of all: the numbering shows the gap.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        device_id: str,
+        sign: Callable[[bytes], bytes],
+        now_ms: Callable[[], int],
+        limit: int = LIMIT,
+    ) -> None:
+        self._folder = home / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._device_id, self._sign, self._now_ms, self._limit = device_id, sign, now_ms, limit
+        self._lock = threading.Lock()
+        self.arrived = threading.Event()
+        self._through = self._read_through()
+        self._last = max([self._through, *(_number(path) for path in self._paths())])
+        if self.pending():
+            self.arrived.set()
+
+    def put(self, event: DeviceEvent, **fields: Any) -> Report:
+        """Number, sign and keep one report, durably.
+
+        Args:
+            event: what happened.
+            **fields: other fields of :class:`protos.messages.Report`.
+
+        Raises:
+            StorageError: it could not be written; its number is not used up.
+        """
+        with self._lock:
+            report = Report(
+                device_id=self._device_id,
+                sequence=self._last + 1,
+                time_unix_ms=self._now_ms(),
+                event=event,
+                **fields,
+            )
+            body = encode_report(report)
+            signed = to_wire(SignedReport(body=body, signature=self._sign(body)))
+            path = self._folder / f"{report.sequence:012d}-{event.value}{SUFFIX}"
+            write_bytes(path, signed.SerializeToString())
+            self._last = report.sequence
+            self._drop_excess()
+        self.arrived.set()
+        return report
+
+    def pending(self) -> int:
+        """Number of reports that the server has not confirmed."""
+        return len(self._paths())
+
+    def deliver(self, send: Send, *, batch: int = BATCH) -> int:
+        """Send everything that is pending, oldest first; hand out how many were confirmed.
+
+        Args:
+            send: sends one batch and returns ``accepted_through``; its errors come through, and
+                whatever was not confirmed stays.
+            batch: reports in one call.
+        """
+        confirmed = 0
+        while True:
+            self.arrived.clear()
+            paths = self._paths()[:batch]
+            if not paths:
+                return confirmed
+            signed = [item for item in map(_read, paths) if item is not None]
+            through = send(signed) if signed else _number(paths[-1])
+            # A server cannot confirm what it was not sent.
+            done = self._confirm(min(through, _number(paths[-1])))
+            confirmed += done
+            if done == 0:
+                return confirmed
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def _confirm(self, through: int) -> int:
+        with self._lock:
+            done = [path for path in self._paths() if _number(path) <= through]
+            if not done:
+                return 0
+            # First the mark, then the deletion: no kill between them can free a number for reuse.
+            write_bytes(self._folder / "acked.json", json.dumps({"through": through}).encode())
+            self._through = through
+            for path in done:
+                path.unlink(missing_ok=True)
+            return len(done)
+
+    def _drop_excess(self) -> None:
+        paths = self._paths()
+        excess = len(paths) - self._limit
+        if excess > 0:
+            health = f"-{DeviceEvent.HEALTH.value}{SUFFIX}"
+            paths.sort(key=lambda path: (not path.name.endswith(health), _number(path)))
+            for path in paths[:excess]:
+                path.unlink(missing_ok=True)
+            log.warning("%d old reports dropped: offline for long, %d are kept", excess, len(paths))
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob(f"[0-9]*{SUFFIX}"))
+
+    def _read_through(self) -> int:
+        path = self._folder / "acked.json"
+        if not path.exists():
+            return 0
+        try:
+            return int(json.loads(path.read_bytes())["through"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TelemetryError(
+                f"{path} is damaged ({error!r}): enrol the device again, so that report numbers "
+                "start afresh under a new name"
+            ) from None
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[0])
+
+
+def _read(path: Path) -> SignedReport | None:
+    try:
+        message = fleet_pb2.SignedReport.FromString(path.read_bytes())
+        signed: SignedReport = from_wire(message)
+    except Exception as error:
+        log.error("%s cannot be read (%s): it is not sent", path, error)
+        return None
+    return signed

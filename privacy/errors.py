@@ -1,0 +1,16 @@
+"""The root of the errors that this package raises.
+
+The tree (each leaf stands beside the noun that raises it)::
+
+    PrivacyError
+    ├── BudgetError          privacy.budget       a budget or a mechanism that makes no sense
+    │   └── BudgetExceeded   privacy.budget       the next step would overspend; nothing was spent
+    ├── CalibrationError     privacy.calibration  no noise level meets the target
+    ├── LedgerError          privacy.ledger       a ledger edited, truncated, locked or contradicted
+    ├── MechanismError       privacy.local        a model that cannot be trained privately as it is
+    └── StatementError       privacy.statement    a statement that is not one of ours
+"""
+
+
+class PrivacyError(Exception):
+    """Any error of this package; the message says what, where, and what to do."""

@@ -1,0 +1,161 @@
+"""The nouns inside signed metadata, and the rules that both sides share.
+
+A release is described in the ``custom`` field of its target, a round in that of ``rounds/current``
+(The Update Framework 1.0.34, section 4.5). Canonical JSON has no floats, so every number here is
+an integer in a named unit. ``from_custom`` trusts nothing: a value of the wrong type or out of
+bounds is refused before anything is built from it.
+
+Fields that a reader does not know are ignored, so that later versions can add some, unless the
+writer lists them in ``critical``: then a reader that does not know them must refuse the whole.
+
+    >>> one = RoundDocument(sequence=1, rollout="r-1", salt="spring", reason="start")
+    >>> RoundDocument.from_custom(one.to_custom()) == one
+    True
+    >>> split_target("adapters/stable/3.airpeft")
+    ('stable', 3)
+
+It knows nothing of TUF, of keys, or of files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from protos.messages import BUCKETS
+from protos.signed_checks import (
+    ADAPTERS_ROLE,
+    CURRENT_ROUND,
+    DELTA_UNIT,
+    HEX,
+    MAX_ASSIGNMENTS,
+    MAX_TEXT,
+    MICRO,
+    ROUNDS_ROLE,
+    SCHEMA,
+    SIGNED_UNIX,
+    StatementError,
+    check_channel,
+    check_document,
+    check_integer,
+    check_object,
+    check_text,
+    payload_path,
+    split_target,
+    target_name,
+)
+from protos.statement import Evaluation, Lineage, PrivacyClaim, ReleaseStatement
+
+__all__ = [
+    "ADAPTERS_ROLE",
+    "CURRENT_ROUND",
+    "DELTA_UNIT",
+    "MICRO",
+    "ROUNDS_ROLE",
+    "SIGNED_UNIX",
+    "Assignment",
+    "Evaluation",
+    "Lineage",
+    "PrivacyClaim",
+    "ReleaseStatement",
+    "RoundDocument",
+    "StatementError",
+    "check_channel",
+    "payload_path",
+    "split_target",
+    "target_name",
+]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Devices whose bucket lies below ``basis_points`` get this target, with this digest.
+
+    Attributes:
+        basis_points: 0 to 10000.
+        target: ``adapters/<channel>/<counter>.airpeft``.
+        sha256: 64 hex digits, of the payload: what the adapters role must have signed too.
+    """
+
+    basis_points: int
+    target: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_integer("basis_points", self.basis_points, 0, BUCKETS)
+        if not isinstance(self.target, str):
+            raise StatementError("target must be a string")
+        split_target(self.target)
+        if not isinstance(self.sha256, str) or not HEX.match(self.sha256):
+            raise StatementError(f"sha256 {str(self.sha256)[:80]!r} is not 64 hex digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundDocument:
+    """Which devices get which release, as the online role says it.
+
+    Attributes:
+        sequence: grows with each document; a device never goes back.
+        rollout: name of the rollout behind it.
+        salt: with the device's name it makes the bucket (:func:`protos.messages.bucket`).
+        assignments: the first one above the device's bucket holds; none: stay as you are.
+        reason: for people.
+    """
+
+    sequence: int
+    rollout: str
+    salt: str
+    assignments: tuple[Assignment, ...] = ()
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        check_integer("sequence", self.sequence)
+        check_text("rollout", self.rollout, 200)
+        check_text("salt", self.salt, 200)
+        check_text("reason", self.reason, MAX_TEXT)
+        if len(self.assignments) > MAX_ASSIGNMENTS:
+            raise StatementError(f"more than {MAX_ASSIGNMENTS} assignments")
+
+    def assignment(self, bucket: int) -> Assignment | None:
+        """The first assignment that reaches this bucket, or None: stay as you are."""
+        return next((a for a in self.assignments if bucket < a.basis_points), None)
+
+    def to_custom(self) -> dict[str, Any]:
+        """The ``custom`` field of ``rounds/current``."""
+        return {
+            "schema": SCHEMA,
+            "sequence": self.sequence,
+            "rollout": self.rollout,
+            "salt": self.salt,
+            "assignments": [
+                {"basis_points": a.basis_points, "target": a.target, "sha256": a.sha256}
+                for a in self.assignments
+            ],
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_custom(cls, custom: Any) -> RoundDocument:
+        """Read a ``custom`` field; each value is checked.
+
+        Raises:
+            StatementError: as for :meth:`ReleaseStatement.from_custom`.
+        """
+        doc = check_document("round", custom, _FIELDS)
+        items = doc["assignments"]
+        if not isinstance(items, list) or len(items) > MAX_ASSIGNMENTS:
+            raise StatementError(f"assignments must be a list of at most {MAX_ASSIGNMENTS}")
+        rows = [check_object("assignment", item) for item in items]
+        return cls(
+            sequence=doc["sequence"],
+            rollout=doc["rollout"],
+            salt=doc["salt"],
+            assignments=tuple(
+                Assignment(r.get("basis_points"), r.get("target"), r.get("sha256"))  # type: ignore[arg-type]
+                for r in rows
+            ),
+            reason=doc.get("reason", ""),
+        )
+
+
+_FIELDS = (frozenset({"sequence", "rollout", "salt", "assignments"}), frozenset({"reason"}))

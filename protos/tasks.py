@@ -1,0 +1,110 @@
+"""The nouns of one training round as they cross the wire, free of Flower's records.
+
+``protos.flower`` converts them at the door. They know nothing of how training is done: the plan
+and the privacy settings are mappings that the packages above wrote and will read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from aggregation.adapter import Adapter
+
+
+class ClientFault(StrEnum):
+    """Why a client has no answer: all that it says, whatever went wrong inside."""
+
+    BAD_TASK = "bad-task"
+    WRONG_BASE = "wrong-base"
+    NO_DATA = "no-data"
+    BAD_DATA = "bad-data"
+    BUDGET_EXCEEDED = "budget-exceeded"
+    TRAINER_UNAVAILABLE = "trainer-unavailable"
+    TRAINING_FAILED = "training-failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """What a client is asked to do in one round.
+
+    Attributes:
+        run: name of the run; with client and round it names a privacy event once and for all.
+        round: number of the round, from 1.
+        adapter: where training starts.
+        plan: the training plan, as ``clients.training.TrainingPlan.to_mapping`` writes it.
+        privacy: the local privacy, as ``privacy.budget.LocalPrivacy.to_mapping`` writes it.
+        seed: root seed of the run; a client derives its own from it, its name and the round.
+        data_folder: in a simulation, the folder of :func:`client_data` and :func:`client_ledger`;
+            empty on a real device, which knows where its own data and ledger are.
+        base: name of the base model, such as ``minilm``.
+    """
+
+    run: str
+    round: int
+    adapter: Adapter
+    plan: Mapping[str, Any]
+    privacy: Mapping[str, Any] | None = None
+    seed: int = 0
+    data_folder: str = ""
+    base: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTask:
+    """Measure an adapter on the client's own examples; fields as in :class:`TrainTask`."""
+
+    run: str
+    round: int
+    adapter: Adapter
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    data_folder: str = ""
+    base: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """What one client measured.
+
+    Attributes:
+        client: the client's stable name.
+        round: number of the round.
+        examples: how many examples were measured.
+        accuracy: share answered rightly, 0 to 1.
+        loss: mean cross-entropy, in nats.
+    """
+
+    client: str
+    round: int
+    examples: int
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client's stable name: Flower's node ids change from run to run, this doesn't."""
+
+    client: str
+
+
+def client_name(partition: int) -> str:
+    """The stable name of a simulated client, and the stem of its data file.
+
+    >>> client_name(3)
+    'client-00003'
+    """
+    return f"client-{partition:05d}"
+
+
+def client_data(data_folder: str, partition: int) -> Path:
+    """Where a simulated client finds its examples: ``<data folder>/client-00003.jsonl``."""
+    return Path(data_folder) / f"{client_name(partition)}.jsonl"
+
+
+def client_ledger(data_folder: str) -> Path:
+    """The ledger that simulated clients share: ``ledger.sqlite`` beside the data folder."""
+    return Path(data_folder).parent / "ledger.sqlite"
