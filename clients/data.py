@@ -4,8 +4,8 @@
     (1, 0)
 
 Accepted: ``.jsonl``, ``.csv``, ``.tsv``, and a folder saved by the ``datasets`` library if that is
-installed. Columns are named by the caller. Errors name the file, the row and the column; they
-never quote a text, because this code runs where the texts are private.
+installed. Columns are named by the caller. Errors name the file, the row and the column, and a
+label that is wrong; they never quote a text, because this code runs where the texts are private.
 """
 
 from __future__ import annotations
@@ -202,20 +202,22 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     # A tab-separated file has no quoting: a quotation mark in a text is just a character.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
+        if delimiter == "\t":
+            reader = csv.DictReader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.DictReader(file, delimiter=delimiter)
         for row in reader:
             yield f"line {reader.line_num}", row
 
 
 def _datasets_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found]  # optional
     except ImportError:
         raise DataError(
-            f"{path} is a folder: to read one, install the datasets library (pip install datasets), "
-            "or give a .jsonl, .csv or .tsv file"
+            f"{path} is a folder: to read one, install the datasets library "
+            "(pip install datasets), or give a .jsonl, .csv or .tsv file"
         ) from None
     try:
         table = datasets.load_from_disk(str(path))

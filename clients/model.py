@@ -187,7 +187,7 @@ def base_digest(path: Path) -> str:
     return _digests[key]
 
 
-class SentenceClassifier(nn.Module):
+class SentenceClassifier(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A frozen encoder, mean pooling, and a linear head.
 
     The layers below :attr:`split` carry no adapter, so what they compute for a text never changes:
@@ -210,13 +210,13 @@ class SentenceClassifier(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer layers, lowest first."""
-        layers = self.encoder.encoder.layer  # type: ignore[union-attr]
+        layers = self.encoder.encoder.layer
         assert isinstance(layers, nn.ModuleList)  # noqa: S101 - narrows the type
         return layers
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states after the frozen layers: (n, T) and (n, T) -> (n, T, hidden)."""
-        hidden = self.encoder.embeddings(input_ids=input_ids)  # type: ignore[operator]
+        hidden = self.encoder.embeddings(input_ids=input_ids)
         return self._run(hidden, attention_mask, 0, self.split)
 
     def forward(
@@ -237,7 +237,7 @@ class SentenceClassifier(nn.Module):
         """
         if attention_mask is None or (trunk is None) == (input_ids is None):
             raise ValueError("give attention_mask, and either input_ids or trunk")
-        hidden = self.trunk(input_ids, attention_mask) if trunk is None else trunk  # type: ignore[arg-type]
+        hidden = self.trunk(input_ids, attention_mask) if trunk is None else trunk
         hidden = self._run(hidden, attention_mask, self.split, len(self.layers))
         mask = attention_mask.to(hidden.dtype).unsqueeze(-1)  # (n, T, 1)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)  # (n, hidden)
@@ -283,7 +283,8 @@ def build(base: BaseRef, labels: int) -> SentenceClassifier:
             raise BaseUnsupported(f"{base.path}: the weights cannot be loaded: {error}") from error
     model = SentenceClassifier(encoder, base.hidden, labels)
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def tokenizer(base: BaseRef) -> Any:

@@ -6,10 +6,12 @@ Each check returns the value that it was given, so that it can stand where the v
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from protos.errors import WireError
+
+T = TypeVar("T")
 
 SCHEMA = 1
 MICRO = 1_000_000
@@ -87,6 +89,11 @@ def check_channel(channel: str) -> str:
 def check_document(
     what: str, doc: Any, fields: tuple[frozenset[str], frozenset[str]]
 ) -> dict[str, Any]:
+    """A ``custom`` field of our schema with all required fields (``fields``: required, optional).
+
+    Raises:
+        StatementError: another schema, a missing field, or a critical one that is not known.
+    """
     required, optional = fields
     doc = check_object(f"the {what}'s custom field", doc)
     if type(doc.get("schema")) is not int or doc["schema"] != SCHEMA:
@@ -107,22 +114,26 @@ def check_document(
 
 
 def check_object(what: str, doc: Any) -> dict[str, Any]:
+    """A JSON object, or StatementError."""
     if not isinstance(doc, Mapping) or not all(isinstance(key, str) for key in doc):
         raise StatementError(f"{what} is not a JSON object")
     return dict(doc)
 
 
-def optional(read: Any, doc: Any) -> Any:
+def optional(read: Callable[[Any], T], doc: Any) -> T | None:
+    """What ``read`` makes of it, or None for null."""
     return None if doc is None else read(doc)
 
 
 def check_integer(what: str, value: Any, low: int = 0, high: int = MAX_INTEGER) -> int:
+    """An integer within its bounds (no bool, no float), or StatementError."""
     if type(value) is not int or not low <= value <= high:
         raise StatementError(f"{what}={str(value)[:40]} is not an integer in {low}..{high}")
     return value
 
 
 def check_text(what: str, value: Any, longest: int) -> str:
+    """A string of at most ``longest`` characters, or StatementError."""
     if not isinstance(value, str) or len(value) > longest or "\0" in value:
         raise StatementError(f"{what} is not a string of at most {longest} characters")
     return value
