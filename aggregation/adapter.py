@@ -63,7 +63,8 @@ class Adapter:
             value = np.asarray(self.tensors[key])
             if value.dtype.kind != "f" or value.shape != shape:
                 raise AdapterError(
-                    f"{key}: expected floats of shape {shape}, got {value.dtype} of shape {value.shape}"
+                    f"{key}: expected floats of shape {shape}, "
+                    f"got {value.dtype} of shape {value.shape}"
                 )
             # A view of an immutable copy: nobody holds a writable alias of what the digest covers.
             copy = np.array(value, dtype=np.float32, order="C")
@@ -98,7 +99,7 @@ class Adapter:
         return all(bool(np.isfinite(value).all()) for value in self.tensors.values())
 
     def pack(self) -> FloatArray:
-        """All tensors as one float32 vector, in canonical order: how an adapter travels in Flower."""
+        """All tensors as one float32 vector, in canonical order: how it travels in Flower."""
         return np.concatenate([value.ravel() for value in self.tensors.values()])
 
     @classmethod
@@ -110,7 +111,8 @@ class Adapter:
         """
         if vector.ndim != 1 or vector.size != spec.size or vector.dtype.kind != "f":
             raise AdapterError(
-                f"expected {spec.size} floats in one vector, got {vector.dtype} of shape {vector.shape}"
+                f"expected {spec.size} floats in one vector, "
+                f"got {vector.dtype} of shape {vector.shape}"
             )
         tensors, start = {}, 0
         for key, shape in spec.shapes().items():

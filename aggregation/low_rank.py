@@ -63,7 +63,7 @@ class LowRank:
     @property
     def rank(self) -> int:
         """Number of stacked columns; an upper bound of the true rank."""
-        return self.B.shape[1]
+        return int(self.B.shape[1])
 
     def __add__(self, other: LowRank) -> LowRank:
         if self.shape != other.shape:
@@ -82,7 +82,7 @@ class LowRank:
         return self + -other
 
     def inner(self, other: LowRank) -> float:
-        """The Frobenius inner product <self, other>, by the Gram trick, in O(R R' (d_out + d_in))."""
+        """The Frobenius inner product <self, other>, by the Gram trick: O(R R' (d_out + d_in))."""
         if self.shape != other.shape:
             raise AggregationError(f"no inner product between {self.shape} and {other.shape}")
         return float(np.sum((other.B.T @ self.B) * (other.A @ self.A.T)))
@@ -96,8 +96,9 @@ class LowRank:
             return 0.0
         if self.rank >= min(self.shape):
             return float(np.linalg.norm(self.B @ self.A))
-        core = np.linalg.qr(self.B, mode="r") @ np.linalg.qr(self.A.T, mode="r").T
-        return float(np.linalg.norm(core))
+        r_left: Array = np.asarray(np.linalg.qr(self.B, mode="r"))
+        r_right: Array = np.asarray(np.linalg.qr(self.A.T, mode="r"))
+        return float(np.linalg.norm(r_left @ r_right.T))
 
     def svd(self) -> tuple[Array, Array, Array]:
         """The thin SVD (U, S, Vt), U (d_out, k), S (k,) descending, Vt (k, d_in).

@@ -5,8 +5,8 @@ that travel whole (a classification head). It is closed: everything that a recei
 to rebuild a PEFT configuration is here and is schema-checked, so no configuration is ever taken
 from a payload.
 
-    >>> spec = AdapterSpec(base_digest="sha256:" + "0" * 64,
-    ...                    modules=(ModuleSpec("encoder.query", d_in=8, d_out=4, rank=2, alpha=16.0),))
+    >>> query = ModuleSpec("encoder.query", d_in=8, d_out=4, rank=2, alpha=16.0)
+    >>> spec = AdapterSpec(base_digest="sha256:" + "0" * 64, modules=(query,))
     >>> spec.scale("encoder.query")
     8.0
     >>> sorted(spec.shapes())[0]
@@ -81,14 +81,15 @@ class ModuleSpec:
         if not 1 <= self.rank <= limit:
             raise SpecError(
                 f"{self.name}: rank={self.rank} is outside 1..{limit} "
-                f"(the smaller of {MAX_RANK} and the module's dimensions {self.d_out} x {self.d_in})"
+                f"(the smaller of {MAX_RANK} and the dimensions {self.d_out} x {self.d_in})"
             )
         micro = self.alpha * MICRO
         if not (
             math.isfinite(micro) and 0 < self.alpha <= 4096 and abs(micro - round(micro)) < 1e-3
         ):
             raise SpecError(
-                f"{self.name}: alpha={self.alpha} must be above 0, at most 4096, in whole millionths"
+                f"{self.name}: alpha={self.alpha} must be above 0, at most 4096, "
+                "in whole millionths"
             )
 
     @property
@@ -197,7 +198,7 @@ class AdapterSpec:
             raise SpecError(f"the adapter has no module {name!r}") from None
 
     def scale(self, name: str) -> float:
-        """The scale s of a module: the update of its weight is s B A (Hu et al. 2021, section 4.1)."""
+        """The scale s: the update of the module's weight is s B A (Hu et al. 2021, section 4.1)."""
         module = self.module(name)
         return module.alpha / (math.sqrt(module.rank) if self.use_rslora else module.rank)
 

@@ -19,10 +19,12 @@ class UpdateReason(StrEnum):
     """Why one client's update is not used. The round goes on without it."""
 
     NOT_FINITE = "not-finite"
+    TOO_LARGE = "too-large"
     WRONG_SHAPE = "wrong-shape"
     WRONG_BASE = "wrong-base"
     UNKNOWN_START = "unknown-start"
     BAD_WEIGHT = "bad-weight"
+    DUPLICATE = "duplicate"
     MALFORMED = "malformed"
 
 

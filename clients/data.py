@@ -67,6 +67,19 @@ class Examples:
         return hashlib.sha256(doc.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class DataSource:
+    """Where a client's examples are; arguments as for :func:`read_examples`."""
+
+    path: Path
+    text: str = "text"
+    label: str = "label"
+
+    def read(self, label_names: Sequence[str] | None = None) -> Examples:
+        """The examples; see :func:`read_examples`."""
+        return read_examples(self.path, text=self.text, label=self.label, label_names=label_names)
+
+
 def read_examples(
     path: Path,
     *,

@@ -3,9 +3,9 @@
 Some leaves of the tree (each stands beside the noun that raises it)::
 
     ClientError
-    ├── BaseNotFound     clients.model     no base model under that name; lists the known ones
-    ├── BaseUnsupported  clients.model     an architecture that the sentence classifier cannot hold
-    ├── BaseMismatch     clients.model     an adapter made for another base
+    ├── BaseNotFound     clients.base      no base model under that name; lists the known ones
+    ├── BaseUnsupported  clients.base      an architecture that the sentence classifier cannot hold
+    ├── BaseMismatch     clients.base      an adapter made for another base
     ├── DataError        clients.data      a file that is not usable training data
     ├── PlanError        clients.training  a training plan that contradicts itself or its data
     └── TrainerError     clients.trainer_process  the resident trainer cannot be reached

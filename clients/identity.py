@@ -10,7 +10,7 @@ The key is made on the device and never leaves it; a certificate request carries
     identity/identity.json    device id and server addresses; written last: its presence says
                               that the enrolment is complete
 
-A kill during an enrolment leaves the key and no ``identity.json``; enrolling again uses the same key.
+A kill during an enrolment leaves no ``identity.json``; enrolling again uses the same key.
 """
 
 from __future__ import annotations

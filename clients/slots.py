@@ -20,27 +20,23 @@ It knows nothing of adapters, signatures or the network. One process per folder 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from aggregation.durable import StorageError, write_bytes, write_folder
 from clients.errors import ClientError
-from clients.health import NoSpace
+from clients.partial import Partial, storage_error
 
 log = logging.getLogger("airpeft.clients.slots")
 
 FOLDER = "slots"
 _NAMES = ("a", "b")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class PayloadMismatch(ClientError):  # noqa: N818  (named by the reason that it is reported with)
-    """Fetched bytes are not the signed ones; what was fetched has been deleted."""
 
 
 class SlotDamaged(ClientError):  # noqa: N818
@@ -53,7 +49,8 @@ class SlotRecord:
 
     Attributes:
         release: name that people use, such as ``default-3``.
-        counter: the release counter.
+        channel: the release channel.
+        counter: the release counter, growing within its channel.
         target: path in the repository.
         sha256: hex digest of the payload; with ``length`` the identity of the bytes.
         length: payload bytes.
@@ -66,6 +63,7 @@ class SlotRecord:
     """
 
     release: str
+    channel: str
     counter: int
     target: str
     sha256: str
@@ -80,66 +78,21 @@ class SlotRecord:
 
 @dataclass(frozen=True)
 class SlotState:
-    """The pointers: which slot serves, which served before and is whole, which is on trial."""
+    """The pointers, as ``state.json`` has them.
+
+    Attributes:
+        active: the slot that serves; None for the base alone.
+        previous: the slot that served before, if it is still whole.
+        trial: the slot that was staged and neither committed nor reverted.
+        attempts: how often the trial was begun.
+        untold: what is still to be reported of the last commit; None once that is done.
+    """
 
     active: str | None = None
     previous: str | None = None
     trial: str | None = None
     attempts: int = 0
-
-
-class Partial:
-    """A download that survives kills. ``offset`` says where to go on."""
-
-    def __init__(self, path: Path, sha256: str, length: int) -> None:
-        self._path, self._sha256, self.length = path, sha256, length
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.offset > length:
-            self.discard()
-
-    @property
-    def offset(self) -> int:
-        """Bytes that are there."""
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def append(self, data: bytes) -> None:
-        """Add the next bytes.
-
-        Raises:
-            PayloadMismatch: more bytes than were signed; the file is deleted.
-            NoSpace: the disk is full; what fitted stays for the next try.
-            StorageError: another failure to write.
-        """
-        if self.offset + len(data) > self.length:
-            self.discard()
-            raise PayloadMismatch(f"more than the {self.length} bytes that were signed")
-        try:
-            with self._path.open("ab", buffering=0) as file:
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
-        except OSError as error:
-            raise _storage(self._path, error) from error
-
-    def finish(self) -> bytes:
-        """The whole content, if it is what was signed.
-
-        Raises:
-            PayloadMismatch: another length or hash; the file is deleted, so the next try is clean.
-        """
-        data = self._path.read_bytes() if self._path.exists() else b""
-        found = hashlib.sha256(data).hexdigest()
-        if len(data) != self.length or found != self._sha256:
-            self.discard()
-            raise PayloadMismatch(
-                f"fetched {len(data)} bytes with sha256 {found[:16]}…, "
-                f"signed are {self.length} bytes with {self._sha256[:16]}…"
-            )
-        return data
-
-    def discard(self) -> None:
-        """Forget what was fetched."""
-        self._path.unlink(missing_ok=True)
+    untold: Mapping[str, Any] | None = None
 
 
 class Slots:
@@ -192,12 +145,13 @@ class Slots:
             data = self._payload(idle)
         _check_payload(record, data)
         # The idle slot stops being a place to fall back to before its content changes.
-        self._write_state(replace(self._state, previous=None, trial=None, attempts=0))
+        if self._state.previous is not None or self._state.trial is not None:
+            self._write_state(replace(self._state, previous=None, trial=None, attempts=0))
         document = json.dumps(asdict(record), sort_keys=True).encode()
         try:
             write_folder(self._folder / idle, {"release.json": document, "payload": data})
         except StorageError as error:
-            raise _storage(self._folder / idle, error.__cause__) from error
+            raise storage_error(self._folder / idle, error.__cause__) from error
         self._write_state(replace(self._state, trial=idle))
         self.partial(record.sha256, record.length).discard()
 
@@ -208,6 +162,14 @@ class Slots:
         """
         self._write_state(replace(self._state, attempts=self._state.attempts + 1))
         return self._state.attempts
+
+    def idle_payload(self) -> bytes:
+        """The bytes in the idle slot, hash checked again.
+
+        Raises:
+            SlotDamaged: there is nothing whole.
+        """
+        return self._payload(self._idle())
 
     def trial_payload(self) -> bytes:
         """The bytes on trial, hash checked again.
@@ -229,8 +191,11 @@ class Slots:
             raise SlotDamaged("no release is committed")
         return self._payload(self._state.active)
 
-    def commit(self) -> None:
+    def commit(self, untold: Mapping[str, Any] | None = None) -> None:
         """Make the release on trial the active one: one atomic rename.
+
+        Args:
+            untold: kept with the commit until :meth:`told`, so that no kill can lose its report.
 
         Raises:
             SlotDamaged: there is no trial.
@@ -239,8 +204,19 @@ class Slots:
         """
         if self._state.trial is None:
             raise SlotDamaged("no release is on trial")
-        self._write_state(SlotState(active=self._state.trial, previous=self._state.active))
+        old = self._state
+        self._write_state(SlotState(active=old.trial, previous=old.active, untold=untold))
         shutil.rmtree(self._folder / "partial", ignore_errors=True)
+
+    def told(self) -> None:
+        """The report of the last commit is in the queue."""
+        if self._state.untold is not None:
+            self._write_state(replace(self._state, untold=None))
+
+    def withdraw(self, untold: Mapping[str, Any] | None = None) -> None:
+        """From now on the base serves alone; what was active stays whole, for coming back."""
+        old = self._state
+        self._write_state(SlotState(previous=old.active or old.previous, untold=untold))
 
     def revert(self) -> None:
         """End the trial; the active release goes on as if nothing had been."""
@@ -254,6 +230,9 @@ class Slots:
     # --- files ------------------------------------------------------------------------------------
 
     def _idle(self) -> str:
+        # Without an active slot, the one that served before is looked at, and replaced, first.
+        if self._state.active is None:
+            return self._state.previous or "a"
         return "b" if self._state.active == "a" else "a"
 
     def _record(self, slot: str) -> SlotRecord:
@@ -291,22 +270,10 @@ class Slots:
                 self._folder / "state.json", json.dumps(asdict(state), sort_keys=True).encode()
             )
         except StorageError as error:
-            raise _storage(self._folder / "state.json", error.__cause__) from error
+            raise storage_error(self._folder / "state.json", error.__cause__) from error
         self._state = state
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error says that the disk, the quota or the file size limit is used up."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
-def _storage(path: Path, error: BaseException | None) -> Exception:
-    if is_full(error):
-        return NoSpace(f"{path}: the disk is full: free some space; the device tries again")
-    return StorageError(f"cannot write {path}: {error}")
 
 
 def _check_payload(record: SlotRecord, data: bytes) -> None:
     if len(data) != record.length or hashlib.sha256(data).hexdigest() != record.sha256:
         raise SlotDamaged(f"{record.release}: the payload is not the signed one")
-

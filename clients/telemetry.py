@@ -26,6 +26,7 @@ from protos.messages import (
     DeviceEvent,
     Report,
     SignedReport,
+    decode_report,
     encode_report,
     from_wire,
     to_wire,
@@ -42,6 +43,10 @@ Send = Callable[[Sequence[SignedReport]], int]
 
 class TelemetryError(ClientError):
     """The queue on disk contradicts itself; the message says what to remove."""
+
+
+class BatchRefused(ClientError):  # noqa: N818
+    """The server will never take one of these reports, however often it is sent."""
 
 
 class ReportQueue:
@@ -84,7 +89,9 @@ class ReportQueue:
 
         Raises:
             StorageError: it could not be written; its number is not used up.
+            WireError: a field is out of bounds.
         """
+        fields["detail"] = str(fields.get("detail", "")).replace("\0", " ")
         with self._lock:
             report = Report(
                 device_id=self._device_id,
@@ -94,6 +101,7 @@ class ReportQueue:
                 **fields,
             )
             body = encode_report(report)
+            decode_report(body)  # what a server would refuse must not block the queue
             signed = to_wire(SignedReport(body=body, signature=self._sign(body)))
             path = self._folder / f"{report.sequence:012d}-{event.value}{SUFFIX}"
             write_bytes(path, signed.SerializeToString())
@@ -121,7 +129,14 @@ class ReportQueue:
             if not paths:
                 return confirmed
             signed = [item for item in map(_read, paths) if item is not None]
-            through = send(signed) if signed else _number(paths[-1])
+            try:
+                through = send(signed) if signed else _number(paths[-1])
+            except BatchRefused as error:
+                if len(paths) > 1:
+                    batch = 1  # find the one
+                    continue
+                log.error("the server does not take %s: dropped: %s", paths[0].name, error)
+                through = _number(paths[0])
             # A server cannot confirm what it was not sent.
             done = self._confirm(min(through, _number(paths[-1])))
             confirmed += done

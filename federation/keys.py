@@ -26,10 +26,31 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from securesystemslib.signer import (  # type: ignore[attr-defined]  # it has no __all__
+    CryptoSigner,
+    Signer,
+    SSlibKey,
+)
 
 from aggregation import durable
 from federation.errors import FederationError
+
+__all__ = [
+    "ADAPTER_NAMES",
+    "ONLINE_NAME",
+    "ROOT_NAMES",
+    "SCHEMES",
+    "THRESHOLD",
+    "CryptoSigner",
+    "KeyFileError",
+    "KeyFolder",
+    "SSlibKey",
+    "Signer",
+    "generate",
+    "key_name",
+    "load_signer",
+    "read_public",
+]
 
 NAME_FIELD = "x-airpeft-name"
 SCHEMES = ("ed25519", "ecdsa-p256")

@@ -7,6 +7,7 @@ The tree (each leaf stands beside the noun that raises it)::
     │   └── BudgetExceeded   privacy.budget       the next step would overspend; nothing was spent
     ├── CalibrationError     privacy.calibration  no noise level meets the target
     ├── LedgerError          privacy.ledger       a ledger edited, truncated, locked or contradicted
+    ├── KeyFileError         privacy.randomness   the file of the device's secret is damaged
     ├── MechanismError       privacy.local        a model that cannot be trained privately as it is
     └── StatementError       privacy.statement    a statement that is not one of ours
 """

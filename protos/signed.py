@@ -71,23 +71,32 @@ __all__ = [
 class Assignment:
     """Devices whose bucket lies below ``basis_points`` get this target, with this digest.
 
+    With an empty target and an empty digest they go back to the base model alone.
+
     Attributes:
         basis_points: 0 to 10000.
-        target: ``adapters/<channel>/<counter>.airpeft``.
+        target: ``adapters/<channel>/<counter>.airpeft``, or empty.
         sha256: 64 hex digits, of the payload: what the adapters role must have signed too.
     """
 
     basis_points: int
-    target: str
-    sha256: str
+    target: str = ""
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         check_integer("basis_points", self.basis_points, 0, BUCKETS)
-        if not isinstance(self.target, str):
-            raise StatementError("target must be a string")
+        if not isinstance(self.target, str) or not isinstance(self.sha256, str):
+            raise StatementError("target and sha256 of an assignment must be strings")
+        if self.is_base:
+            return
         split_target(self.target)
-        if not isinstance(self.sha256, str) or not HEX.match(self.sha256):
-            raise StatementError(f"sha256 {str(self.sha256)[:80]!r} is not 64 hex digits")
+        if not HEX.match(self.sha256):
+            raise StatementError(f"sha256 {self.sha256[:80]!r} is not 64 hex digits")
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it means the base model without an adapter."""
+        return not self.target and not self.sha256
 
 
 @dataclass(frozen=True, kw_only=True)

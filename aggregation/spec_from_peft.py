@@ -1,0 +1,146 @@
+"""From a PEFT configuration and tensor shapes to a specification, for folders that are not ours.
+
+Shapes and ranks come from the tensors; the configuration adds alphas, rsLoRA and the orientation,
+and is refused where it asks for something that is not plain LoRA.
+
+    >>> shapes = {"base_model.model.query.lora_A.weight": (2, 8),
+    ...           "base_model.model.query.lora_B.weight": (4, 2)}
+    >>> spec = spec_from_peft({"peft_type": "LORA", "r": 2, "lora_alpha": 16}, shapes,
+    ...                       "sha256:" + "0" * 64)
+    >>> spec.scale("query")
+    8.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aggregation.spec import PREFIX, AdapterSpec, ModuleSpec, Orientation, SpecError, TensorSpec
+
+_SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "EA",
+    ".lora_embedding_B": "EB",
+}
+# Fields that change what the tensors mean; each must be absent or empty.
+_NOT_PLAIN = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
+
+
+def spec_from_peft(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base_digest: str
+) -> AdapterSpec:
+    """The specification of a plain LoRA adapter.
+
+    Args:
+        config: the parsed ``adapter_config.json``.
+        shapes: shape of each tensor, by its name in the file.
+        base_digest: ``sha256:<hex>`` of the base model.
+
+    Raises:
+        SpecError: naming the field or tensor that is not plain LoRA.
+    """
+    _check_plain(config)
+    factors, others = _sort(shapes)
+    transposed = bool(config.get("fan_in_fan_out", False))
+    modules = []
+    for name, parts in factors.items():
+        embedding = set(parts) == {"EA", "EB"}
+        if not embedding and set(parts) != {"A", "B"}:
+            raise SpecError(f"module {name} has only a part of its factors: {sorted(parts)}")
+        right, left = (parts["EA"], parts["EB"]) if embedding else (parts["A"], parts["B"])
+        if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
+            raise SpecError(f"module {name}: factors of shapes {left} and {right} do not fit")
+        _check_rank(config, name, right[0])
+        orientation = Orientation.CONV1D if transposed else Orientation.LINEAR
+        modules.append(
+            ModuleSpec(
+                name,
+                d_in=right[1],
+                d_out=left[0],
+                rank=right[0],
+                alpha=_setting(config, "alpha_pattern", "lora_alpha", name),
+                orientation=Orientation.EMBEDDING if embedding else orientation,
+            )
+        )
+    task = _TASKS.get(str(config.get("task_type")), "feature")
+    rslora = config.get("use_rslora", False) is True
+    return AdapterSpec(base_digest, tuple(modules), others, rslora, task)
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise SpecError(f"peft_type is {config.get('peft_type')!r}; allowed: LORA")
+    if config.get("bias", "none") != "none":
+        raise SpecError(f"bias is {config['bias']!r}; allowed: none")
+    for name in _NOT_PLAIN:
+        if config.get(name):
+            raise SpecError(f"{name} is set, which is not plain LoRA and is not supported")
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in ("gaussian", "orthogonal", "eva"):
+        # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move the base weights too.
+        raise SpecError(
+            f"init_lora_weights is {start!r}, which changes the base weights; save the adapter "
+            "converted to plain LoRA (save_pretrained, path_initial_model_for_weight_conversion)"
+        )
+
+
+def _sort(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], tuple[TensorSpec, ...]]:
+    factors: dict[str, dict[str, tuple[int, ...]]] = {}
+    others = []
+    for key, shape in shapes.items():
+        if not key.startswith(PREFIX):
+            raise SpecError(f"tensor {key!r} does not begin with {PREFIX!r}")
+        name = key.removeprefix(PREFIX)
+        suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
+        if suffix:
+            factors.setdefault(name.removesuffix(suffix), {})[_SUFFIXES[suffix]] = shape
+        elif ".lora_" in name or ".base_layer." in name:
+            raise SpecError(
+                f"tensor {name!r} is not plain LoRA; save the adapter with "
+                "save_embedding_layers=False, and without DoRA or LoRA biases"
+            )
+        else:
+            others.append(TensorSpec(name, tuple(shape)))
+    return factors, tuple(others)
+
+
+def _check_rank(config: Mapping[str, Any], name: str, rank: int) -> None:
+    said = _setting(config, "rank_pattern", "r", name)
+    if said != rank:
+        raise SpecError(f"module {name}: the tensors have rank {rank}, the configuration {said}")
+
+
+def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
+    """A rank or an alpha as peft resolves it: the first pattern that is the name or its suffix."""
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise SpecError(f"{pattern} is {type(patterns).__name__}; expected an object")
+    value = config.get(default)
+    for key, candidate in patterns.items():
+        name = key.removeprefix("^").replace("\\.", ".")
+        if not name.replace(".", "").replace("_", "").isalnum():
+            raise SpecError(f"{pattern}: {key!r} is a regular expression; give full module names")
+        if module == name or (not key.startswith("^") and module.endswith("." + name)):
+            value = candidate
+            break
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SpecError(f"{default} for {module} is {value!r}; expected a number")
+    return value

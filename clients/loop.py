@@ -1,0 +1,103 @@
+"""One client's round on a loaded model: the loop, with and without privacy.
+
+The two loops share everything but what happens between the losses and the optimiser: without
+privacy the mean of the batch's losses is differentiated; with privacy every example's gradient is
+clipped on its own and noise is added (``privacy.local``). In both, a batch goes through the model
+in parts of texts of similar length, so hardly any padding is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clients import model as models
+from clients.training import ClientJob, Indices, TrainingPlan, parts, shuffled_batches
+from clients.trunk import Features
+from privacy.budget import LocalPrivacy
+from privacy.events import SgdEvent
+from privacy.local import PrivateSgd, poisson_batch
+from privacy.randomness import Stream, derive
+
+
+@dataclass(frozen=True)
+class LocalRound:
+    """One job on a loaded model.
+
+    Attributes:
+        peft_model: from ``clients.model.attach``; its adapter is overwritten.
+        job: what to do.
+        features: of the job's texts.
+        labels: (n) class indices.
+        key: root of this round's randomness.
+    """
+
+    peft_model: Any
+    job: ClientJob
+    features: Features
+    labels: Tensor
+    key: bytes
+
+    def plainly(self) -> dict[str, float]:
+        """Train without privacy; returns metrics."""
+        optimizer = self._start()
+        total, seen, steps = 0.0, 0, 0
+        for batch in shuffled_batches(len(self.labels), self.job.plan, self._stream("order")):
+            for losses in self._losses(batch):
+                (losses.sum() / len(batch)).backward()
+                total += float(losses.detach().sum())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += len(batch)
+            steps += 1
+        return {"loss": total / seen, "steps": float(steps)}
+
+    def privately(self, privacy: LocalPrivacy, event: SgdEvent) -> dict[str, float]:
+        """Train with DP-SGD exactly as the event says; returns metrics that tell nothing."""
+        examples, sampling = len(self.labels), self._stream("sampling")
+        with PrivateSgd(
+            self.peft_model,
+            self._start(),
+            max_grad_norm=privacy.max_grad_norm,
+            noise_multiplier=event.noise_multiplier,
+            expected_batch=event.sample_rate * examples,
+            noise=self._stream("noise"),
+        ) as private:
+            for _ in range(event.steps):
+                private.step(self._losses(poisson_batch(examples, event.sample_rate, sampling)))
+        return {"steps": float(event.steps), "sample_rate": event.sample_rate}
+
+    def _start(self) -> torch.optim.Optimizer:
+        models.load_tensors(self.peft_model, self.job.adapter)
+        slots = models.parameter_slots(self.peft_model, self.job.adapter.spec)
+        whole = {tensor.key for tensor in self.job.adapter.spec.others}
+        factors = [slots[key] for key in slots if key not in whole]
+        return build_optimizer(self.job.plan, factors, [slots[key] for key in sorted(whole)])
+
+    def _losses(self, batch: Indices) -> Iterator[Tensor]:
+        """For each part of a batch, every example's own loss."""
+        for part in parts(batch, self.features.tokens.lengths):
+            logits = self.peft_model(**self.features.inputs(part))
+            yield torch.nn.functional.cross_entropy(logits, self.labels[part], reduction="none")
+
+    def _stream(self, purpose: str) -> Stream:
+        return Stream(derive(self.key, purpose))
+
+
+def build_optimizer(
+    plan: TrainingPlan, factors: list[Tensor], whole: list[Tensor]
+) -> torch.optim.Optimizer:
+    """The plan's optimiser, fresh for one round."""
+    head = plan.learning_rate if plan.head_learning_rate is None else plan.head_learning_rate
+    groups = [
+        {"params": params, "lr": lr}
+        for params, lr in ((factors, plan.learning_rate), (whole, head))
+        if params
+    ]
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=plan.momentum)
+    return torch.optim.AdamW(groups, weight_decay=0.0)

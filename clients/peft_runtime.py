@@ -1,0 +1,286 @@
+"""The torch engine: LoRA versions beside one frozen base, swapped without touching a weight.
+
+PEFT itself is not used here: its set_adapter, hotswap and merge change layers one by one, and a
+forward pass of another thread then sees some layers of the old adapter and some of the new. Here
+the base never changes. Every linear layer of the encoder carries one hook, installed once; the
+hook reads a context variable that says which version each row of this batch has, and adds that
+version's ``s B A x`` (Hu et al. 2021, section 4.1). Publishing is one pointer store, and a version
+dies with the last request that holds it.
+
+Before any release the base version answers: its head is zero, so every class has the same score.
+
+    runtime = PeftRuntime(find_base("minilm"), labels=("negative", "positive"))
+
+Logits equal those of ``PeftModel`` on the same adapter (a test holds them together).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aggregation.adapter import Adapter
+from aggregation.spec import Orientation
+from clients.model import BaseRef, build, tokenizer
+from clients.runtime import (
+    BASE,
+    DEFAULT,
+    AdapterVersion,
+    LoadError,
+    Prediction,
+    Request,
+    RequestError,
+)
+
+HEAD = "classifier"
+MAX_LENGTH = 128  # tokens
+MAX_REQUESTS = 4096
+BATCH = 16  # rows of one forward pass: small, so that probes and served requests interleave
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """A version's tensors: A transposed (d_in, r), s B transposed (r, d_out), the head."""
+
+    modules: Mapping[str, tuple[Tensor, Tensor]]
+    weight: Tensor | None  # (labels, hidden); None: the base's head of zeros
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The rows of one batch that belong to one version; ``rows`` is None for all of them."""
+
+    state: _State
+    labels: int
+    rows: Tensor | None
+
+
+_groups: ContextVar[tuple[_Group, ...]] = ContextVar("airpeft_groups", default=())
+
+
+class PeftRuntime:
+    """A :class:`clients.runtime.Runtime` on torch. Safe for any number of threads, without a lock.
+
+    Args:
+        base: the base model.
+        labels: classes that the base version answers with, all equal; may be empty.
+        max_length: tokens of a text that are looked at.
+        batch: rows of one forward pass.
+
+    Raises:
+        BaseUnsupported: the base cannot be loaded.
+    """
+
+    kind = "torch"
+
+    def __init__(
+        self,
+        base: BaseRef,
+        *,
+        labels: Sequence[str] = (),
+        max_length: int = MAX_LENGTH,
+        batch: int = BATCH,
+    ) -> None:
+        self._ref, self._batch = base, batch
+        self._model = build(base, max(1, len(labels)))
+        self._encode = _encoder(base, max_length)
+        shapes = {}
+        for name, module in self._model.named_modules():
+            if name == HEAD:
+                module.register_forward_hook(_head_hook)
+            elif isinstance(module, nn.Linear):
+                shapes[name] = (module.out_features, module.in_features)
+                module.register_forward_hook(_hook(name))
+        self._shapes = shapes
+        self._base = AdapterVersion(BASE, "", tuple(labels), _State({}, None, None))
+        self._live: dict[str, AdapterVersion] = {}
+        self._writing = threading.Lock()  # between publishers only; readers take none
+
+    @property
+    def base_digest(self) -> str:
+        """Digest of the base model."""
+        return self._ref.digest
+
+    @property
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(d_out, d_in) of every linear layer of the encoder."""
+        return self._shapes
+
+    def load(self, adapter: Adapter, *, name: str) -> AdapterVersion:
+        """See :meth:`clients.runtime.Runtime.load`."""
+        spec = adapter.spec
+        if spec.base_digest != self._ref.digest:
+            raise LoadError(
+                f"{name}: made for base {spec.base_digest}, this engine runs {self._ref.digest}"
+            )
+        modules = {}
+        for module in spec.modules:
+            if module.orientation is not Orientation.LINEAR:
+                raise LoadError(f"{name}: {module.name} is {module.orientation}, not linear")
+            if self._shapes.get(module.name) != (module.d_out, module.d_in):
+                raise LoadError(
+                    f"{name}: {module.name} of shape {module.d_out} x {module.d_in} is not a "
+                    f"linear layer of {self._ref.name}"
+                )
+            B, A = adapter.factors(module.name)
+            scaled = np.float32(spec.scale(module.name)) * B
+            modules[module.name] = (_tensor(A.T), _tensor(scaled.T))
+        weight, bias = self._head(adapter, name)
+        state = _State(modules, weight, bias)
+        return AdapterVersion(name, adapter.digest, spec.labels, state)
+
+    def publish(self, version: AdapterVersion | None, name: str = DEFAULT) -> AdapterVersion:
+        """See :meth:`clients.runtime.Runtime.publish`."""
+        if version is not None and not isinstance(version.state, _State):
+            raise LoadError(f"{version.name}: loaded by another engine")
+        with self._writing:
+            previous = self.pin(name)
+            live = dict(self._live)
+            live[name] = version or self._base
+            self._live = live  # the one pointer store
+        return previous
+
+    def pin(self, name: str = DEFAULT) -> AdapterVersion:
+        """See :meth:`clients.runtime.Runtime.pin`."""
+        return self._live.get(name, self._base)
+
+    def unload(self, version: AdapterVersion) -> None:
+        """See :meth:`clients.runtime.Runtime.unload`."""
+        with self._writing:
+            self._live = {k: v for k, v in self._live.items() if v is not version}
+
+    def run(self, requests: Sequence[Request]) -> list[Prediction]:
+        """See :meth:`clients.runtime.Runtime.run`."""
+        out: list[Prediction | None] = [None] * len(requests)
+        if len(requests) > MAX_REQUESTS:
+            raise RequestError(f"{len(requests)} requests at once, at most {MAX_REQUESTS}")
+        if any(not isinstance(r.text, str) or not r.text.strip() for r in requests):
+            raise RequestError("a request has no text")
+        tokens = self._encode([request.text for request in requests])
+        # Rows of similar length together: less padding, less work.
+        order = sorted(range(len(requests)), key=lambda i: len(tokens[i]))
+        for start in range(0, len(order), self._batch):
+            rows = order[start : start + self._batch]
+            chosen = [requests[i] for i in rows]
+            scores = self._forward([tokens[i] for i in rows], [r.version for r in chosen])
+            for i, request, row in zip(rows, chosen, scores, strict=True):
+                out[i] = _prediction(request.version, row)
+        return [prediction for prediction in out if prediction is not None]
+
+    def _forward(self, tokens: list[list[int]], versions: list[AdapterVersion]) -> Any:
+        """Probabilities, (n, most labels of any version), one row per text."""
+        width = max(len(ids) for ids in tokens)
+        ids = torch.zeros((len(tokens), width), dtype=torch.long)
+        mask = torch.zeros((len(tokens), width), dtype=torch.long)
+        for row, found in enumerate(tokens):
+            ids[row, : len(found)] = torch.tensor(found)
+            mask[row, : len(found)] = 1
+        token = _groups.set(_group(versions))
+        try:
+            with torch.inference_mode():
+                logits = self._model(input_ids=ids, attention_mask=mask)
+                return torch.softmax(logits.double(), dim=-1).numpy()
+        finally:
+            _groups.reset(token)
+
+    def _head(self, adapter: Adapter, name: str) -> tuple[Tensor, Tensor]:
+        spec, hidden = adapter.spec, self._ref.hidden
+        allowed = {
+            f"{HEAD}.weight": (len(spec.labels), hidden),
+            f"{HEAD}.bias": (len(spec.labels),),
+        }
+        found = {tensor.name: tensor.shape for tensor in spec.others}
+        if not spec.labels or found != allowed:
+            raise LoadError(
+                f"{name}: a sentence classifier needs labels and the head {allowed}, "
+                f"the adapter has {found}"
+            )
+        tensors = {tensor.name: adapter.tensors[tensor.key] for tensor in spec.others}
+        return _tensor(tensors[f"{HEAD}.weight"]), _tensor(tensors[f"{HEAD}.bias"])
+
+
+def _hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        changed: Tensor | None = None
+        for group in _groups.get():
+            factors = group.state.modules.get(name)
+            if factors is None:
+                continue
+            A, B = factors
+            if group.rows is None:
+                return output + (args[0] @ A) @ B
+            if changed is None:
+                changed = output.clone()
+            changed[group.rows] += (args[0][group.rows] @ A) @ B
+        return changed
+
+    return add
+
+
+def _head_hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    groups = _groups.get()
+    if not groups:
+        return None
+    pooled: Tensor = args[0]  # (n, hidden)
+    width = max(1, *(group.labels for group in groups))
+    logits = pooled.new_full((pooled.shape[0], width), float("-inf"))
+    for group in groups:
+        rows = torch.arange(pooled.shape[0]) if group.rows is None else group.rows
+        if group.state.weight is None or group.state.bias is None:
+            logits[rows, : max(1, group.labels)] = 0.0
+        else:
+            own = pooled[rows] @ group.state.weight.T + group.state.bias
+            logits[rows, : group.labels] = own
+    return logits
+
+
+def _group(versions: Sequence[AdapterVersion]) -> tuple[_Group, ...]:
+    members: dict[int, list[int]] = {}
+    by_id = {id(version): version for version in versions}
+    for row, version in enumerate(versions):
+        members.setdefault(id(version), []).append(row)
+    whole = len(members) == 1
+    return tuple(
+        _Group(
+            by_id[key].state,
+            len(by_id[key].labels),
+            None if whole else torch.tensor(rows),
+        )
+        for key, rows in members.items()
+    )
+
+
+def _prediction(version: AdapterVersion, row: Any) -> Prediction:
+    scores = {label: float(row[i]) for i, label in enumerate(version.labels)}
+    label = max(scores, key=lambda key: scores[key]) if scores else ""
+    return Prediction(label, scores, version)
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+
+
+def _encoder(base: BaseRef, max_length: int) -> Callable[[list[str]], list[list[int]]]:
+    """Token ids of texts, from any thread.
+
+    A private copy of the tokeniser, its settings fixed once: the library's own wrapper changes
+    them in every call, which threads cannot share.
+    """
+    from tokenizers import Tokenizer
+
+    path = base.path / "tokenizer.json"
+    if path.is_file():
+        fast = Tokenizer.from_file(str(path))
+    else:
+        fast = Tokenizer.from_str(tokenizer(base).backend_tokenizer.to_str())
+    fast.no_padding()
+    fast.enable_truncation(max_length=max_length)
+    return lambda texts: [encoding.ids for encoding in fast.encode_batch(texts)]

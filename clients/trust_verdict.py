@@ -1,0 +1,144 @@
+"""What trust speaks of: the device, a signed release, and what the device is to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clients.errors import ClientError
+from protos.messages import RejectReason
+from protos.signed import ReleaseStatement, payload_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What this device is, as far as releases ask.
+
+    Attributes:
+        device_id: its name; with a round's salt it gives the bucket.
+        base_digest: ``sha256:<hex>`` of the base model that it serves.
+        runtime: its kind of inference engine, such as ``torch``.
+        agent_built_unix: when its software was built, seconds since 1970: no clock of its own
+            is believed to be before that.
+    """
+
+    device_id: str
+    base_digest: str
+    runtime: str
+    agent_built_unix: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedRelease:
+    """A release that both roles agree on, with the order that brought it.
+
+    Attributes:
+        statement: what the adapter keys say about it.
+        sha256: of the payload, hex.
+        length: bytes of the payload.
+        rollout: name of the rollout that ordered it.
+        sequence: of the round that ordered it.
+    """
+
+    statement: ReleaseStatement
+    sha256: str
+    length: int
+    rollout: str
+    sequence: int
+
+    @property
+    def name(self) -> str:
+        """What people call it: ``<channel>-<counter>``."""
+        return self.statement.name
+
+    @property
+    def channel(self) -> str:
+        """Its line of releases."""
+        return self.statement.channel
+
+    @property
+    def counter(self) -> int:
+        """Its number in the channel."""
+        return self.statement.counter
+
+    @property
+    def target(self) -> str:
+        """Its name in the metadata."""
+        return self.statement.target
+
+    @property
+    def path(self) -> str:
+        """What to ask ``Fetch`` for."""
+        return payload_path(self.target, self.sha256)
+
+    @property
+    def plain_length(self) -> int:
+        """Bytes of the decoded payload: the decoder's hard cap."""
+        return self.statement.plain_length
+
+    @property
+    def adapter_digest(self) -> str:
+        """Digest that the decoded adapter must have."""
+        return self.statement.adapter_digest
+
+    @property
+    def spec_digest(self) -> str:
+        """Digest that its specification must have."""
+        return self.statement.spec_digest
+
+    @property
+    def base_digest(self) -> str:
+        """The base model that it fits."""
+        return self.statement.base_digest
+
+
+@dataclass(frozen=True)
+class Install:
+    """Serve this release; the agent does nothing if it serves already."""
+
+    release: SignedRelease
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Leave things as they are."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Serve the base model without an adapter."""
+
+    rollout: str
+    sequence: int
+    reason: str
+
+
+Verdict = Install | Stay | Withdraw
+
+
+class Rejected(ClientError):  # noqa: N818  (named as devices report it)
+    """An order that this device does not follow; what serves goes on serving.
+
+    Attributes:
+        reason: from the closed vocabulary of ``fleet.proto``.
+        detail: for people.
+        release: name of the release in question, empty if it never came to that.
+        rollout: name of the rollout, empty if it never came to that.
+        sequence: of the round, 0 if it never came to that.
+    """
+
+    def __init__(
+        self,
+        reason: RejectReason,
+        detail: str,
+        release: str = "",
+        rollout: str = "",
+        sequence: int = 0,
+    ) -> None:
+        super().__init__(f"{release or 'metadata'} rejected ({reason.value}): {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.release = release
+        self.rollout = rollout
+        self.sequence = sequence

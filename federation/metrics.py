@@ -1,0 +1,50 @@
+"""What the server counts, in Prometheus base units; never a device's name as a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from federation.rollout import State
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """Counters of one server; each server has a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        self.streams = Gauge("airpeft_watch_streams", "Open Watch streams.", registry=self.registry)
+        self.devices = Gauge(
+            "airpeft_devices", "Enrolled devices by state.", ["state"], registry=self.registry
+        )
+        self.rollouts = Gauge(
+            "airpeft_rollouts", "Rollouts by state.", ["state"], registry=self.registry
+        )
+        self.bundles = counter("airpeft_bundles_pushed_total", "Metadata bundles pushed.")
+        self.fetches = counter("airpeft_fetches_total", "Downloads by how they ended.", "result")
+        self.fetched = counter("airpeft_fetch_bytes_total", "Payload and metadata bytes sent.")
+        self.altered = counter(
+            "airpeft_altered_payloads_total", "Payload files that are not what their name says."
+        )
+        self.reports = counter(
+            "airpeft_reports_total", "Device reports taken in.", "event", "reason"
+        )
+        self.refused = counter("airpeft_reports_refused_total", "Device reports refused.", "reason")
+        self.enrolments = counter("airpeft_enrolments_total", "Enrolments by result.", "result")
+        self.denied = counter(
+            "airpeft_calls_denied_total", "Calls with a certificate that is not admitted."
+        )
+        self.rounds = counter("airpeft_rounds_published_total", "Round documents published.")
+
+    def render(self, devices: dict[str, int], rollouts: dict[str, int]) -> bytes:
+        """The exposition text, after setting the gauges that are read from the database."""
+        for state in ("active", "revoked"):
+            self.devices.labels(state).set(devices.get(state, 0))
+        for one in State:
+            self.rollouts.labels(one.value).set(rollouts.get(one.value, 0))
+        return generate_latest(self.registry)

@@ -1,0 +1,124 @@
+"""What is known of an adapter beside its numbers, in the files of its folder.
+
+``version.json`` says where it came from and how good it is, ``privacy.json`` what was spent on it.
+Both are optional, and a field that is there is checked. Floats become integers in named units
+here, rounded to the side that promises less: epsilon and delta up, accuracy down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from federation.errors import FederationError
+from protos.signed import (
+    DELTA_UNIT,
+    MICRO,
+    Evaluation,
+    Lineage,
+    PrivacyClaim,
+    StatementError,
+)
+
+VERSION_FILE = "version.json"
+PRIVACY_FILE = "privacy.json"
+MAX_FILE = 4 << 20
+UNITS = ("example", "client")
+
+
+class ProvenanceError(FederationError):
+    """A file beside an adapter that does not say what it should; names the file and the field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What an adapter's folder says of it; empty where it says nothing."""
+
+    lineage: Lineage = field(default_factory=Lineage)
+    evaluation: Evaluation | None = None
+    example: PrivacyClaim | None = None
+    client: PrivacyClaim | None = None
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Read ``version.json`` and ``privacy.json`` of an adapter's folder, as far as they are there.
+
+    Raises:
+        ProvenanceError: a file is not JSON, or one of its fields is wrong.
+    """
+    version = _read_json(folder / VERSION_FILE)
+    privacy = _read_json(folder / PRIVACY_FILE)
+    try:
+        evaluation = version.get("evaluation")
+        return Provenance(
+            lineage=Lineage.from_custom(version.get("lineage", {})),
+            evaluation=None if evaluation is None else Evaluation.from_custom(evaluation),
+            example=claim(privacy, "example"),
+            client=claim(privacy, "client"),
+        )
+    except StatementError as error:
+        raise ProvenanceError(f"{folder}: {error}") from None
+
+
+def claim(privacy: Mapping[str, Any], unit: str) -> PrivacyClaim | None:
+    """What a privacy statement says for one unit, or None if it says nothing.
+
+    A statement has either one object for each unit, or is itself that of the unit it names.
+
+    >>> claim({"example": {"epsilon": 7.9999999, "delta": 1e-5}}, "example").epsilon_micro
+    8000000
+    >>> claim({"unit": "example", "epsilon": 8, "delta": 1e-5}, "client") is None
+    True
+
+    Raises:
+        ProvenanceError: epsilon or delta is not a number that fits.
+    """
+    part = privacy.get(unit)
+    if part is None and privacy.get("unit") == unit:
+        part = privacy
+    if not isinstance(part, Mapping) or part.get("epsilon") is None:
+        return None
+    epsilon: Any = part["epsilon"]
+    delta: Any = part.get("delta")
+    for name, value, most in (("epsilon", epsilon, 1e6), ("delta", delta, 1.0)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= most:
+            raise ProvenanceError(
+                f"{PRIVACY_FILE}: {unit}.{name}={value!r} must be a number from 0 to {most:g}"
+            )
+    return PrivacyClaim(
+        epsilon_micro=math.ceil(epsilon * MICRO), delta_e12=math.ceil(delta * DELTA_UNIT), unit=unit
+    )
+
+
+def evaluation(name: str, accuracy: float, examples: int) -> Evaluation:
+    """A measured accuracy as it is signed.
+
+    >>> evaluation("heldout", 0.8249999, 400).accuracy_micro
+    824999
+
+    Raises:
+        ProvenanceError: an accuracy outside 0 to 1.
+    """
+    if not 0 <= accuracy <= 1:
+        raise ProvenanceError(f"accuracy={accuracy!r} must be from 0 to 1")
+    return Evaluation(set=name, accuracy_micro=math.floor(accuracy * MICRO), examples=examples)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        with path.open("rb") as stream:
+            doc = json.loads(stream.read(MAX_FILE))
+    except OSError as error:
+        raise ProvenanceError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ProvenanceError(f"{path} is not JSON: {error}") from None
+    if not isinstance(doc, dict):
+        raise ProvenanceError(f"{path} is not a JSON object")
+    return doc

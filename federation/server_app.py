@@ -1,0 +1,57 @@
+"""A whole training run over a grid: the function that every ServerApp of ours calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from aggregation.adapter import Adapter
+from federation.checkpoint import Checkpoints
+from federation.rounds import Round, RoundsConfig
+from federation.strategy import Evaluate, LoraStrategy, Reply, TrainingResult
+
+
+def run_training(
+    grid: Grid,
+    config: RoundsConfig,
+    *,
+    initial: Adapter,
+    evaluate: Evaluate | None = None,
+    on_round: Callable[[Round], None] = lambda _: None,
+    on_begin: Callable[[int, tuple[str, ...]], None] = lambda _, __: None,
+    on_reply: Callable[[Reply], None] = lambda _: None,
+    checkpoint: Path | None = None,
+) -> TrainingResult:
+    """Train for ``config.rounds`` rounds, or for those that are left of an interrupted run.
+
+    Args:
+        grid: carries the messages; any of Flower's, or ``simulations.grid.LocalGrid``.
+        config: how the run goes.
+        initial: the adapter to start from; not used by a run that goes on.
+        evaluate: measures an adapter on held-out examples; called before the first round and
+            after each one.
+        on_round: called after a round is durable; not for the rounds of an earlier process.
+        on_begin: called with the round's number and cohort before anybody is asked.
+        on_reply: called for each client's reply.
+        checkpoint: folder for the state after each round; None for a run that can't be resumed.
+
+    Returns:
+        the last adapter and the records of all rounds, those of earlier processes included.
+
+    Raises:
+        CohortError: if no client connects in time.
+        CheckpointError: if the folder holds another run.
+        StorageError: if the disk is full; free some space and start the same run again.
+    """
+    strategy = LoraStrategy(
+        config,
+        initial,
+        evaluate=evaluate,
+        on_round=on_round,
+        on_begin=on_begin,
+        on_reply=on_reply,
+        checkpoints=Checkpoints(checkpoint, config.run) if checkpoint else None,
+    )
+    return strategy.start(grid)

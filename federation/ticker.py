@@ -1,0 +1,286 @@
+"""Carries rollouts out: stores what :mod:`federation.rollout` decides, then publishes it.
+
+The order makes a kill at any point harmless. One transaction holds the rollout's new state, the
+round's orders with its sequence, and the audit line; only then the repository is signed and
+written; only then the round is marked as published. A start finds rounds that were decided and
+not published, and publishes the newest of them; publishing the same round twice changes nothing.
+
+One rollout at a time governs the fleet, since there is one round document.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from aggregation.durable import StorageError
+from federation import store as tables
+from federation.fleet import Fleet
+from federation.orders import BASE, Assignment, Orders, Target
+from federation.repository import PublishError, Repository
+from federation.roles import LIFETIME
+from federation.rollout import ACTIVE, Decision, Policy, Rollout, State, Verb, act, decide
+from federation.store import Store
+from federation.waves import RolloutError, Wave
+from protos import signed
+
+REASON_MAX = 500  # characters of an operator's or the policy's words inside signed metadata
+STEPS_MAX = 16  # of one rollout in one tick; the longest chain is shorter
+
+log = logging.getLogger("airpeft.federation.ticker")
+
+
+class NoRolloutError(RolloutError):
+    """No rollout of that name."""
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """A rollout as stored. Times are Unix seconds."""
+
+    rollout: Rollout
+    created: float
+    updated: float
+
+
+class Ticker:
+    """The one that changes rollouts; safe for threads.
+
+    Args:
+        store: the server's database.
+        fleet: what is known of the devices.
+        repository: opened with the online key.
+        changed: called after the repository changed, from the calling thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        repository: Repository,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._fleet, self._repository = store, fleet, repository
+        self._changed = changed
+        self._lock = threading.RLock()
+        self.rounds_published = 0
+        self.trouble = ""  # why the last round could not be published; empty when all is well
+
+    def create(
+        self, release: str, waves: Sequence[Wave], policy: Policy, *, who: str, why: str = ""
+    ) -> Rollout:
+        """Draft a rollout.
+
+        Args:
+            release: name of a published one, such as ``stable-3``.
+            waves: the last one must be 100%.
+            policy: when to go on and when to stop.
+            who: the operator, for the audit log.
+            why: their words.
+
+        Raises:
+            NotFoundError: no such release.
+            RolloutError: an impossible plan, or the fleet has this release already.
+        """
+        record = self._repository.release(release)
+        target = Target(record.name, record.target, record.sha256)
+        with self._lock, self._store.write() as connection:
+            newest = connection.execute(sa.select(sa.func.max(tables.rollouts.c.number))).scalar()
+            rollout = Rollout(
+                id=f"r-{(newest or 0) + 1}",
+                release=target,
+                previous=_baseline(connection),
+                waves=tuple(waves),
+                policy=policy,
+            )
+            now = self._store.clock()
+            row = {"id": rollout.id, "created": now, **_row(rollout, now)}
+            connection.execute(tables.rollouts.insert().values(row))
+            self._store.log(connection, who, "draft", rollout.id, why or f"release {release}")
+        return rollout
+
+    def act(self, rollout_id: str, verb: Verb, *, who: str, why: str = "") -> Rollout:
+        """Do what an operator asks, and publish what follows from it.
+
+        Raises:
+            NoRolloutError: no such rollout.
+            RolloutError: its state doesn't allow it, or another rollout governs the fleet.
+        """
+        why = why[:REASON_MAX]
+        with self._lock:
+            rollout = self.record(rollout_id).rollout
+            if verb in (Verb.START, Verb.ROLLBACK):
+                self._check_governs(rollout)
+            if verb is Verb.START:
+                with self._store.read() as connection:
+                    rollout = replace(rollout, previous=_baseline(connection))
+            observations = self._fleet.observations(rollout)
+            decision = act(rollout, verb, observations, self._store.clock(), why)
+            self._apply(decision, who, verb.value)
+            self._publish()
+        return decision.rollout
+
+    def tick(self) -> None:
+        """Publish what is pending and take every step that can be taken now.
+
+        Raises:
+            StorageError: the database cannot be written; the next tick tries again.
+        """
+        with self._lock:
+            self._publish()
+            for record in self.records():
+                if record.rollout.state in ACTIVE:
+                    self._advance(record.rollout)
+            self._keep_fresh()
+
+    def records(self) -> list[RolloutRecord]:
+        """All rollouts, newest first."""
+        query = sa.select(tables.rollouts).order_by(tables.rollouts.c.number.desc())
+        with self._store.read() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+    def record(self, rollout_id: str) -> RolloutRecord:
+        """One rollout.
+
+        Raises:
+            NoRolloutError: no such rollout.
+        """
+        query = sa.select(tables.rollouts).where(tables.rollouts.c.id == rollout_id)
+        with self._store.read() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise NoRolloutError(f"no rollout {rollout_id!r}; see: airpeft rollout status")
+        return _record(row)
+
+    def _advance(self, rollout: Rollout) -> None:
+        for _ in range(STEPS_MAX):
+            observations = self._fleet.observations(rollout)
+            decision = decide(rollout, observations, self._store.clock())
+            if decision == Decision(rollout):
+                return
+            self._apply(decision, "ticker", "decide")
+            self._publish()
+            rollout = decision.rollout
+
+    def _check_governs(self, rollout: Rollout) -> None:
+        for record in self.records():
+            other = record.rollout
+            if other.id == rollout.id or other.state is State.DRAFT:
+                continue
+            if other.state in ACTIVE:
+                raise RolloutError(
+                    f"rollout {other.id} of {other.release.release} is {other.state}: wait for it,"
+                    f" or stop it with: airpeft rollout abort {other.id}"
+                )
+            if rollout.state is State.DONE and int(other.id[2:]) > int(rollout.id[2:]):
+                raise RolloutError(
+                    f"rollout {other.id} came after {rollout.id}: start a new rollout of the"
+                    " release that you want"
+                )
+
+    def _apply(self, decision: Decision, who: str, action: str) -> None:
+        rollout, now = decision.rollout, self._store.clock()
+        with self._store.write() as connection:
+            update = tables.rollouts.update().where(tables.rollouts.c.id == rollout.id)
+            connection.execute(update.values(_row(rollout, now)))
+            if decision.orders is not None:
+                known = connection.execute(sa.select(sa.func.max(tables.rounds.c.sequence)))
+                sequence = max(known.scalar() or 0, self._repository.round().sequence) + 1
+                row = {
+                    "sequence": sequence,
+                    "rollout": rollout.id,
+                    "orders": asdict(decision.orders),
+                    "decided": now,
+                }
+                connection.execute(tables.rounds.insert().values(row))
+            if decision.line:
+                self._store.log(connection, who, action, rollout.id, decision.line)
+        if decision.line:
+            log.info("rollout %s: %s", rollout.id, decision.line)
+
+    def _publish(self) -> None:
+        """Publish the newest round that was decided and not published, if there is one."""
+        table = tables.rounds
+        query = sa.select(table).where(table.c.published.is_(None))
+        with self._store.read() as connection:
+            row = connection.execute(query.order_by(table.c.sequence.desc()).limit(1)).first()
+        if row is None:
+            return
+        try:
+            if row.sequence > self._repository.round().sequence:
+                document = _document(row.sequence, row.rollout, _orders(row.orders))
+                self._repository.publish_round(document, now=self._now())
+                self.rounds_published += 1
+        except (PublishError, StorageError) as error:
+            if str(error) != self.trouble:
+                log.error("round %d is not published: %s", row.sequence, error)
+            self.trouble = str(error)
+            return
+        self.trouble = ""
+        self._changed()  # before the mark, so that a full disk doesn't keep devices waiting
+        with self._store.write() as connection:
+            done = table.update().where(table.c.sequence <= row.sequence)
+            connection.execute(
+                done.where(table.c.published.is_(None)).values(published=self._store.clock())
+            )
+
+    def _keep_fresh(self) -> None:
+        """Date the timestamp anew when a quarter of its life is over."""
+        now = self._now()
+        for expiry in self._repository.expiries():
+            if expiry.role == "timestamp" and expiry.expires - now < LIFETIME["timestamp"] * 3 / 4:
+                try:
+                    self._repository.refresh_timestamp(now)
+                except StorageError as error:
+                    log.error("the timestamp is not refreshed: %s", error)
+                    return
+                self._changed()
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._store.clock(), UTC)
+
+
+def _baseline(connection: sa.Connection) -> Target:
+    """The release that the fleet has when nothing is under way."""
+    query = sa.select(tables.rollouts.c.body).order_by(tables.rollouts.c.number.desc())
+    for (body,) in connection.execute(query):
+        rollout = Rollout.from_mapping(body)
+        if rollout.state is State.DONE:
+            return rollout.release
+        if rollout.state is not State.DRAFT and rollout.wave >= 0:
+            return rollout.previous
+    return BASE
+
+
+def _row(rollout: Rollout, now: float) -> dict[str, Any]:
+    return {"state": rollout.state.value, "updated": now, "body": rollout.to_mapping()}
+
+
+def _record(row: Any) -> RolloutRecord:
+    return RolloutRecord(Rollout.from_mapping(row.body), row.created, row.updated)
+
+
+def _orders(fields: dict[str, Any]) -> Orders:
+    assignments = tuple(
+        Assignment(item["basis_points"], Target(**item["target"])) for item in fields["assignments"]
+    )
+    return Orders(fields["salt"], assignments, fields["reason"])
+
+
+def _document(sequence: int, rollout: str, orders: Orders) -> signed.RoundDocument:
+    return signed.RoundDocument(
+        sequence=sequence,
+        rollout=rollout,
+        salt=orders.salt,
+        assignments=tuple(
+            signed.Assignment(one.basis_points, one.target.path, one.target.sha256)
+            for one in orders.assignments
+        ),
+        reason=orders.reason[: 2 * REASON_MAX],
+    )

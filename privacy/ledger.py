@@ -1,0 +1,351 @@
+"""What has been spent, by whom, for ever: append-only events in SQLite, chained by hashes.
+
+    >>> import tempfile
+    >>> from privacy.budget import PrivacyBudget
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> ledger = Ledger(Path(folder.name) / "ledger.sqlite")
+    >>> event = SgdEvent(noise_multiplier=1.0, sample_rate=0.1, steps=5, max_grad_norm=1.0)
+    >>> first = ledger.spend("ann", "run-1", 1, event, PrivacyBudget(8.0, 1e-5))
+    >>> ledger.spend("ann", "run-1", 1, event, PrivacyBudget(8.0, 1e-5)).repeated
+    True
+    >>> ledger.spent("ann", 1e-5) == first.epsilon
+    True
+    >>> ledger.close()
+
+The rules it keeps:
+
+* **Write-ahead.** :meth:`Ledger.spend` returns after the event is on the disk; training starts
+  after it returns. A kill before that spends nothing, a kill after it has spent once.
+* **Once.** An event is named by run, client, round and the fingerprint of what was trained; the
+  same name again costs nothing, because the same noise would be released again.
+* **Refusal before the step.** An event that would pass the budget raises and leaves no trace.
+* **Tamper evidence.** Each row's hash covers the row and the hash before it. Editing, removing or
+  reordering rows is found when the ledger is opened; a ledger replaced as a whole by an older copy
+  is found by whoever kept its :meth:`Ledger.head`.
+
+Several processes may use one ledger; each spend is one exclusive transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.engine import URL, make_url
+
+from privacy import calibration
+from privacy.budget import Accountant, BudgetError, BudgetExceeded, PrivacyBudget
+from privacy.errors import PrivacyError
+from privacy.events import SgdEvent
+
+SCHEMA = 1
+BUSY_SECONDS = 60.0
+GENESIS = hashlib.sha256(b"airpeft privacy ledger 1").hexdigest()
+
+_metadata = sql.MetaData()
+_events = sql.Table(
+    "events",
+    _metadata,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("client", sql.String, nullable=False, index=True),
+    sql.Column("run", sql.String, nullable=False),
+    sql.Column("round", sql.Integer, nullable=False),
+    sql.Column("inputs", sql.String, nullable=False),
+    sql.Column("event", sql.Text, nullable=False),
+    sql.Column("unix_micro", sql.Integer, nullable=False),
+    sql.Column("previous", sql.String, nullable=False),
+    sql.Column("hash", sql.String, nullable=False),
+    sql.UniqueConstraint("run", "client", "round", "inputs"),
+)
+_head = sql.Table(
+    "head",
+    _metadata,
+    sql.Column("id", sql.Integer, sql.CheckConstraint("id = 1"), primary_key=True),
+    sql.Column("schema", sql.Integer, nullable=False),
+    sql.Column("count", sql.Integer, nullable=False),
+    sql.Column("hash", sql.String, nullable=False),
+)
+_HASHED = ("number", "client", "run", "round", "inputs", "event", "unix_micro", "previous")
+
+
+class LedgerError(PrivacyError):
+    """A ledger edited, truncated, locked, or not a ledger at all."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How many events there are, and the hash of the last one."""
+
+    count: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a client has spent after an event, and whether that event was already there."""
+
+    epsilon: float
+    repeated: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event of the ledger; ``unix_micro`` is when it was recorded."""
+
+    number: int
+    client: str
+    run: str
+    round: int
+    event: SgdEvent
+    unix_micro: int
+
+
+class Ledger:
+    """An open ledger.
+
+    Args:
+        path: the SQLite file, made if it is missing; or a ``sqlite:///`` URL.
+        now: seconds since 1970, for the record; nothing depends on it.
+
+    Raises:
+        LedgerError: if the file is not a ledger, or was edited or truncated.
+    """
+
+    def __init__(self, path: Path | str, *, now: Callable[[], float] = time.time) -> None:
+        url = _url(path)
+        self.path = Path(str(url.database))
+        self._now = now
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"{self.path}: cannot be made: {error}; choose another") from error
+        self.engine = sql.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+        sql.event.listen(self.engine, "connect", _on_connect)
+        sql.event.listen(self.engine, "begin", _on_begin)
+        with self._transaction() as connection:
+            _metadata.create_all(connection)
+            if connection.execute(sql.select(_head.c.id)).first() is None:
+                if connection.execute(sql.select(_events.c.number).limit(1)).first() is not None:
+                    raise self._edited("the head is missing")
+                connection.execute(
+                    _head.insert().values(id=1, schema=SCHEMA, count=0, hash=GENESIS)
+                )
+        self.verify()
+
+    def spend(
+        self,
+        client: str,
+        run: str,
+        round: int,  # noqa: A002 - the word of the domain
+        event: SgdEvent,
+        budget: PrivacyBudget | None,
+        *,
+        accountant: Accountant | str = Accountant.RDP,
+        delta: float | None = None,
+        inputs: str = "",
+    ) -> Spent:
+        """Record an event durably, or refuse it.
+
+        Args:
+            client: the client's stable name.
+            run: name of the run.
+            round: number of the round.
+            event: what is about to be done; call this before it is done.
+            budget: what the client's events of all runs may reach together; None for no limit.
+            accountant: how to compose.
+            delta: for the epsilon returned when there is no budget.
+            inputs: fingerprint of everything that the training depends on; the same round with
+                other inputs is another event.
+
+        Raises:
+            BudgetExceeded: if the budget would be passed; nothing is recorded.
+            LedgerError: if the ledger is damaged or stays locked.
+        """
+        at = budget.delta if budget else delta
+        if at is None:
+            raise BudgetError("without a budget, give the delta at which epsilon is to be computed")
+        name = {"run": run, "client": client, "round": round, "inputs": inputs}
+        text = json.dumps(event.to_mapping(), sort_keys=True)
+        with self._transaction() as connection:
+            before = self._events_of(connection, client)
+            known = connection.execute(
+                sql.select(_events.c.event).where(*(_events.c[k] == v for k, v in name.items()))
+            ).scalar()
+            if known is not None:
+                if known != text:
+                    raise LedgerError(
+                        f"{self.path}: {client} has already spent another event in round {round} "
+                        f"of run {run}; a new training needs a new round or run"
+                    )
+                return Spent(calibration.epsilon(before, at, accountant), repeated=True)
+            total = calibration.epsilon([*before, event], at, accountant)
+            if budget is not None and total > budget.epsilon:
+                raise BudgetExceeded(
+                    f"{client}: round {round} of run {run} would bring epsilon from "
+                    f"{calibration.epsilon(before, at, accountant):.3f} to {total:.3f}, above the "
+                    f"budget of {budget.epsilon} at delta={budget.delta} per {budget.unit}; "
+                    "nothing was spent. Stop here, raise the budget, or train with more noise or "
+                    "fewer steps"
+                )
+            self._append(connection, {**name, "event": text})
+        return Spent(total, repeated=False)
+
+    def spent(
+        self, client: str, delta: float, accountant: Accountant | str = Accountant.RDP
+    ) -> float:
+        """Epsilon of everything that a client has ever spent, at this delta."""
+        with self._transaction("BEGIN") as connection:
+            events = self._events_of(connection, client)
+        return calibration.epsilon(events, delta, accountant)
+
+    def clients(self) -> tuple[str, ...]:
+        """Names of all clients that ever spent, sorted."""
+        with self._transaction("BEGIN") as connection:
+            query = sql.select(_events.c.client).distinct().order_by(_events.c.client)
+            return tuple(connection.execute(query).scalars())
+
+    def table(self, client: str | None = None) -> list[Entry]:
+        """All events, or those of one client, oldest first."""
+        query = sql.select(_events).order_by(_events.c.number)
+        if client is not None:
+            query = query.where(_events.c.client == client)
+        with self._transaction("BEGIN") as connection:
+            rows = connection.execute(query).mappings().all()
+        return [
+            Entry(r["number"], r["client"], r["run"], r["round"], self._event(r), r["unix_micro"])
+            for r in rows
+        ]
+
+    def head(self) -> Head:
+        """The number of events and the last hash; kept elsewhere, it reveals a swapped file."""
+        with self._transaction("BEGIN") as connection:
+            return self._read_head(connection)
+
+    def verify(self, *, since: Head | None = None) -> Head:
+        """Check every hash from the first event to the head.
+
+        Args:
+            since: an earlier head that must still be part of the chain.
+
+        Raises:
+            LedgerError: naming the first event that does not fit.
+        """
+        with self._transaction("BEGIN") as connection:
+            head = self._read_head(connection)
+            rows = connection.execute(sql.select(_events).order_by(_events.c.number)).mappings()
+            previous, count = GENESIS, 0
+            for row in rows:
+                count += 1
+                fits = row["number"] == count and row["previous"] == previous
+                if not fits or row["hash"] != _hash(dict(row)):
+                    raise self._edited(f"event {row['number']} does not fit the one before it")
+                self._event(row)
+                previous = row["hash"]
+                if since is not None and count == since.count and previous != since.hash:
+                    raise self._edited(f"event {count} is not the one that was there before")
+        if (count, previous) != (head.count, head.hash):
+            raise self._edited(f"the head tells of {head.count} events, there are {count}")
+        if since is not None and count < since.count:
+            raise self._edited(f"{since.count} events were there before, now there are {count}")
+        return head
+
+    def close(self) -> None:
+        """Close the connections; the file stays."""
+        self.engine.dispose()
+
+    @contextmanager
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sql.Connection]:
+        try:
+            with (
+                self.engine.connect().execution_options(begin=begin) as connection,
+                connection.begin(),
+            ):
+                yield connection
+        except sql.exc.OperationalError as error:
+            raise LedgerError(
+                f"{self.path}: cannot be used: {error.orig}. If another process holds it, wait for "
+                "that; if the disk is full or the folder not writable, mend that"
+            ) from error
+        except sql.exc.DatabaseError as error:
+            raise self._edited(str(error.orig)) from error
+
+    def _append(self, connection: sql.Connection, values: dict[str, Any]) -> None:
+        head = self._read_head(connection)
+        row = {
+            **values,
+            "number": head.count + 1,
+            "unix_micro": int(self._now() * 1_000_000),
+            "previous": head.hash,
+        }
+        row["hash"] = _hash(row)
+        connection.execute(_events.insert().values(**row))
+        connection.execute(_head.update().values(count=row["number"], hash=row["hash"]))
+
+    def _read_head(self, connection: sql.Connection) -> Head:
+        row = connection.execute(sql.select(_head)).mappings().first()
+        if row is None:
+            raise self._edited("the head is missing")
+        if row["schema"] != SCHEMA:
+            raise LedgerError(
+                f"{self.path}: schema {row['schema']} was written by another version of AirPEFT; "
+                f"this one reads schema {SCHEMA}"
+            )
+        return Head(row["count"], row["hash"])
+
+    def _events_of(self, connection: sql.Connection, client: str) -> list[SgdEvent]:
+        query = sql.select(_events).where(_events.c.client == client).order_by(_events.c.number)
+        events = []
+        for row in connection.execute(query).mappings():
+            if row["hash"] != _hash(dict(row)):
+                raise self._edited(f"event {row['number']} does not fit its hash")
+            events.append(self._event(row))
+        return events
+
+    def _event(self, row: Any) -> SgdEvent:
+        try:
+            return SgdEvent.from_mapping(json.loads(row["event"]))
+        except (ValueError, TypeError, BudgetError) as error:
+            raise self._edited(f"event {row['number']} is not readable: {error}") from None
+
+    def _edited(self, what: str) -> LedgerError:
+        return LedgerError(
+            f"{self.path}: the ledger was edited or damaged: {what}. Do not train with it: what "
+            "was spent is no longer known. Restore the file from a backup, with its -wal file"
+        )
+
+
+def _hash(row: dict[str, Any]) -> str:
+    doc = json.dumps([row[key] for key in _HASHED], separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(doc.encode()).hexdigest()
+
+
+def _url(path: Path | str) -> URL:
+    if isinstance(path, str) and "://" in path:
+        url = make_url(path)
+        if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+            raise LedgerError(
+                f"{url.render_as_string()}: a ledger is a file that outlives the process: give a "
+                "path, or sqlite:///path"
+            )
+        return url
+    return URL.create("sqlite", database=str(path))
+
+
+def _on_connect(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # transactions begin where _on_begin says, not at a guess
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # commit returns after fsync
+    cursor.close()
+
+
+def _on_begin(connection: sql.Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))

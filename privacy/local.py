@@ -1,0 +1,207 @@
+"""DP-SGD on an adapter's parameters; the only file that knows Opacus.
+
+The algorithm is that of Abadi et al. 2016 (number 1), with Poisson sampling. One
+:class:`PrivateSgd` is one training: it hangs Opacus' hooks on the model, makes private steps,
+and takes the hooks off again, so the model is exported exactly as PEFT made it::
+
+    with PrivateSgd(model, optimizer, max_grad_norm=1.0, noise_multiplier=0.8,
+                    expected_batch=64.0, noise=Stream(key)) as private:
+        for batch in poisson_batches:               # an empty one is a step too
+            private.step(loss_of(part) for part in parts(batch))
+
+Each part's loss is a vector with one value per example, and each value may depend on that example
+alone. A large batch comes in parts of any size: gradients are clipped and summed part by part, and
+noise is added once. The divisor is the expected size of a batch, not the actual one, which is
+private. Opacus forms and clips the gradients per example with its hooks, the mode that is fastest
+for low-rank factors (ghost clipping pays a second backward pass to save memory that these small
+gradients do not need). The noise is ours, from a keystream: Opacus' own is not cryptographic.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus.grad_sample import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from privacy.errors import PrivacyError
+from privacy.randomness import Stream
+
+
+class MechanismError(PrivacyError):
+    """A model that cannot be trained privately as it is, or that did not train."""
+
+
+def poisson_batch(examples: int, sample_rate: float, sampling: Stream) -> npt.NDArray[np.int64]:
+    """The examples of one step: each one is drawn with this probability, on its own.
+
+    Returns:
+        indices in ascending order; it may be empty, and that too is a step.
+    """
+    return np.flatnonzero(sampling.uniform(examples) < sample_rate)
+
+
+class PrivateSgd:
+    """Private steps on the trainable parameters of one model.
+
+    Args:
+        model: the module that computes the losses, its trainable parameters those of the adapter.
+        optimizer: over exactly these parameters.
+        max_grad_norm: Euclidean norm to which each example's gradient is clipped.
+        noise_multiplier: standard deviation of the noise, over ``max_grad_norm``; 0 for none.
+        expected_batch: sampling rate times the number of examples: the divisor of the sum.
+        noise: where the noise comes from.
+
+    Raises:
+        MechanismError: if the model has a part for which no gradient per example exists, or the
+            optimiser holds other parameters than those that train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_norm: float,
+        noise_multiplier: float,
+        expected_batch: float,
+        noise: Stream,
+    ) -> None:
+        check_model(model)
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held != {id(p) for p in self._parameters.values()}:
+            raise MechanismError(
+                "the optimiser must hold exactly the model's trainable parameters; build it after "
+                "the adapter is attached (an optimiser built before holds tensors that never "
+                "train, see opacus issue 820)"
+            )
+        self._model = model
+        self._was_training = model.training
+        self._optimizer = optimizer
+        self._std = noise_multiplier * max_grad_norm
+        self._expected = expected_batch
+        self._noise = noise
+        self._clipper = DPOptimizer(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        self._steps = 0
+
+    def __enter__(self) -> Self:
+        # Opacus computes nothing in evaluation mode; the models that come here have no dropout.
+        self._model.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hooks.cleanup()
+        for parameter in self._parameters.values():
+            for name in ("summed_grad", "grad_sample", "_forward_counter", "_current_grad_sample"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+            parameter.grad = None
+        self._model.train(self._was_training)
+
+    def step(self, losses: Iterable[Tensor]) -> int:
+        """One step of the mechanism.
+
+        Args:
+            losses: for each part of the batch a vector (n,), the loss of each of its examples;
+                no parts at all for an empty batch, which still adds noise and still counts.
+
+        Returns:
+            how many examples were in the batch; private, like everything about the batch.
+
+        Raises:
+            MechanismError: after the first step, if a parameter did not move.
+        """
+        before = self._snapshot() if self._steps == 0 else {}
+        count = 0
+        for loss in losses:
+            loss.sum().backward()
+            self._clipper.clip_and_accumulate()
+            for parameter in self._parameters.values():
+                parameter.grad_sample = parameter.grad = None  # the clipped sum stays
+            count += int(loss.shape[0])
+        self._release()
+        self._optimizer.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+            parameter.summed_grad = None
+        self._steps += 1
+        if before and (count or self._std > 0):
+            self._check_moved(before)
+        return count
+
+    def _release(self) -> None:
+        """Turn the clipped sums into ``grad``: add the noise, divide by the expected batch."""
+        for parameter in self._parameters.values():
+            total = parameter.summed_grad
+            total = torch.zeros_like(parameter) if total is None else total
+            if self._std > 0:
+                normal = self._noise.normal(parameter.numel()).reshape(tuple(parameter.shape))
+                # Scaled and added in double precision, then rounded once.
+                noise = torch.from_numpy(normal * self._std)
+                total = (total.double() + noise).to(parameter.dtype)
+            parameter.grad = total / self._expected
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    def _check_moved(self, before: dict[str, Tensor]) -> None:
+        still = [n for n, p in self._parameters.items() if torch.equal(p.detach(), before[n])]
+        # Without noise A has a gradient of exactly zero while B is zero, so one mover is enough.
+        if (still and self._std > 0) or len(still) == len(self._parameters):
+            raise MechanismError(
+                f"{still[0]} did not move in the first private step: its gradient does not reach "
+                "the optimiser. The usual cause is a model wrapped after the optimiser was built, "
+                "or an adapter re-attached since (opacus issue 820)"
+            )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be trained privately, naming the part and the remedy.
+
+    Raises:
+        MechanismError: nothing trainable; a layer that mixes examples (batch normalisation); or
+            trainable parameters of a kind for which Opacus has no gradient per example.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    trainable = 0
+    for name, module in model.named_modules():
+        own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if isinstance(module, _BatchNorm) and (own or module.track_running_stats):
+            raise MechanismError(
+                f"{name} is a batch normalisation, which mixes the examples of a batch: freeze it "
+                "in evaluation mode without running statistics, or use group normalisation"
+            )
+        if own and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+            raise MechanismError(
+                f"{name}.{own[0]} is trainable, but there is no gradient per example for "
+                f"{type(module).__name__}: adapt linear layers only (no embeddings, no DoRA)"
+            )
+        trainable += len(own)
+    if not trainable:
+        raise MechanismError(
+            "the model has no trainable parameter: attach the adapter in training mode "
+            "(a PEFT model loaded for inference is frozen)"
+        )
