@@ -11,7 +11,7 @@ Layout, little-endian::
 
 The body is all tensors in canonical order with their bytes shuffled (first bytes of all values,
 then second bytes, ...), which is what makes floats compressible. int8 has a scale for each block
-of 128 values, blocks running along one rank direction.
+of up to 128 values of one rank direction.
 
 Nothing is interpreted before it is checked: the specification's digest before its JSON is parsed,
 the frame's extent before it is decompressed, and decompression stops at the length that the
@@ -86,7 +86,7 @@ def encode(adapter: Adapter, *, dtype: Dtype = "bf16") -> Payload:
 
     Args:
         adapter: what to deliver.
-        dtype: ``bf16`` (relative rounding 2^-9), ``f32`` (lossless), or ``int8`` (blocks of 128).
+        dtype: ``bf16`` (relative rounding 2^-8), ``f32`` (lossless), or ``int8`` (blocks of 128).
 
     Raises:
         PayloadError: unknown dtype, or values that are not finite, or not after rounding.
@@ -175,9 +175,12 @@ def _open(raw: bytes, spec_digest: str, limits: PayloadLimits) -> tuple[AdapterS
     if not hmac.compare_digest(digest, spec_digest):
         raise PayloadError(f"the specification has digest {digest}, expected {spec_digest}")
     try:
-        return AdapterSpec.from_json(spec_json), _NAMES[code], _FIXED + length
+        spec = AdapterSpec.from_json(spec_json)
     except AggregationError as error:
         raise PayloadError(f"the specification does not parse: {error}") from None
+    if not hmac.compare_digest(spec.digest, spec_digest):
+        raise PayloadError("the specification is not in canonical form")
+    return spec, _NAMES[code], _FIXED + length
 
 
 def _decompress(frame: bytes, length: int) -> bytes:

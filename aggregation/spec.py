@@ -264,7 +264,7 @@ class AdapterSpec:
             raise SpecError(f"the specification is not JSON: {error}") from None
         try:
             return cls._from_document(doc)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SpecError(f"the specification has a wrong field: {error!r}") from None
 
     @classmethod
@@ -292,6 +292,7 @@ class AdapterSpec:
             _typed(int, *t["shape"])
             others.append(TensorSpec(t["name"], tuple(t["shape"])))
         _typed(bool, doc["use_rslora"])
+        _typed(list, doc["modules"], doc["others"], doc["labels"])
         _typed(str, *doc["labels"])
         return cls(
             doc["base_digest"],

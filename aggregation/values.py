@@ -23,7 +23,7 @@ BLOCK = 128
 def packed_length(spec: AdapterSpec, dtype: str) -> int:
     """Number of bytes that :func:`pack` makes."""
     if dtype == "int8":
-        blocks = sum(math.ceil(math.prod(shape) / BLOCK) for shape in spec.shapes().values())
+        blocks = sum(rows * math.ceil(width / BLOCK) for rows, width in _rows(spec).values())
         return spec.size + 4 * blocks
     return spec.size * (2 if dtype == "bf16" else 4)
 
@@ -39,8 +39,11 @@ def pack(adapter: Adapter, dtype: str) -> bytes:
         return _shuffle(bf16_bits(adapter.pack()))
     if dtype == "f32":
         return _shuffle(adapter.pack().astype("<f4"))
-    columns = _column_keys(adapter.spec)
-    parts = [_quantise(value.T if key in columns else value) for key, value in adapter]
+    columns, rows = _column_keys(adapter.spec), _rows(adapter.spec)
+    parts = [
+        _quantise((value.T if key in columns else value).reshape(rows[key]))
+        for key, value in adapter
+    ]
     scales = np.concatenate([scale for scale, _ in parts])
     return _shuffle(scales.astype("<f4")) + b"".join(quanta.tobytes() for _, quanta in parts)
 
@@ -77,20 +80,36 @@ def _unshuffle(data: bytes, dtype: str) -> npt.NDArray[np.generic]:
     return np.ascontiguousarray(planes.T).view(dtype).ravel()
 
 
+def _rows(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """How many rows of how many values each tensor is cut into; blocks never cross a row.
+
+    Rows are rank directions: rows of A, columns of B. Directions may differ a thousandfold in
+    size, and a scale shared between a strong and a weak one would erase the weak one.
+    """
+    columns = _column_keys(spec)
+    out = {}
+    for key, shape in spec.shapes().items():
+        rows = shape[-1] if key in columns else (shape[0] if len(shape) > 1 else 1)
+        out[key] = (rows, math.prod(shape) // rows)
+    return out
+
+
 def _column_keys(spec: AdapterSpec) -> set[str]:
-    """B tensors: their columns are the rank directions, and blocks must not mix strong and weak."""
+    """The B tensors, which are quantised by column."""
     return {module.keys[1] for module in spec.modules}
 
 
 def _quantise(value: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int8]]:
-    flat = np.ascontiguousarray(value).ravel()
-    padded = np.zeros(math.ceil(flat.size / BLOCK) * BLOCK, np.float32)
-    padded[: flat.size] = flat
-    blocks = padded.reshape(-1, BLOCK)
-    scales = (np.abs(blocks).max(axis=1) / np.float32(127)).astype(np.float32)
+    """Scales of shape (blocks,) and quanta of shape (values,) of a matrix of rows."""
+    rows, columns = value.shape
+    blocks = math.ceil(columns / BLOCK)
+    padded = np.zeros((rows, blocks * BLOCK), np.float32)
+    padded[:, :columns] = value
+    cut = padded.reshape(rows * blocks, BLOCK)
+    scales = (np.abs(cut).max(axis=1) / np.float32(127)).astype(np.float32)
     safe = np.where(scales > 0, scales, np.float32(1))
-    quanta = np.clip(np.rint(blocks / safe[:, None]), -127, 127).astype(np.int8)
-    return scales, quanta.ravel()[: flat.size]
+    quanta = np.clip(np.rint(cut / safe[:, None]), -127, 127).astype(np.int8)
+    return scales, quanta.reshape(rows, -1)[:, :columns].ravel()
 
 
 def _dequantise(spec: AdapterSpec, body: bytes) -> Adapter:
@@ -98,11 +117,13 @@ def _dequantise(spec: AdapterSpec, body: bytes) -> Adapter:
     if not (np.isfinite(scales).all() and (scales >= 0).all()):
         raise AdapterError("a block has a scale that is negative, NaN or infinite")
     quanta = np.frombuffer(body, np.int8)[len(body) - spec.size :]
-    columns, tensors = _column_keys(spec), {}
-    for key, shape in spec.shapes().items():
-        size = math.prod(shape)
-        blocks = math.ceil(size / BLOCK)
-        flat = quanta[:size].astype(np.float32) * np.repeat(scales[:blocks], BLOCK)[:size]
-        quanta, scales = quanta[size:], scales[blocks:]
-        tensors[key] = flat.reshape(shape[::-1]).T if key in columns else flat.reshape(shape)
+    columns, shapes, tensors = _column_keys(spec), spec.shapes(), {}
+    for key, (rows, width) in _rows(spec).items():
+        blocks = math.ceil(width / BLOCK)
+        factors = np.repeat(scales[: rows * blocks].reshape(rows, blocks), BLOCK, axis=1)
+        values = quanta[: rows * width].reshape(rows, width).astype(np.float32)
+        with np.errstate(over="ignore"):  # an infinity is a matter for the digest and the guard
+            values = values * factors[:, :width]
+        quanta, scales = quanta[rows * width :], scales[rows * blocks :]
+        tensors[key] = values.T if key in columns else values.reshape(shapes[key])
     return Adapter(spec, tensors)

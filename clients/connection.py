@@ -1,9 +1,9 @@
 """The wire as a device sees it: enrol, watch, fetch from an offset, report.
 
 Everything that can go wrong on a link is one error, :class:`ConnectionLost`: wait as
-:class:`clients.link.Backoff` says, and try again. What waiting cannot cure is :class:`Denied`. Nothing here
-waits or retries by itself, and nothing is believed that comes over it: metadata and payloads
-verify themselves.
+:class:`clients.link.Backoff` says, and try again. What waiting cannot cure is :class:`Denied`.
+Nothing here waits or retries by itself, and nothing is believed that comes over it: metadata and
+payloads verify themselves.
 
 A link that is dead without saying so is noticed twice: by HTTP/2 pings within about 15 seconds
 (``protos.channel``), and by a watchdog that cancels a call which has been silent for too long.

@@ -252,6 +252,6 @@ def _bind(port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise EndpointError(
-            f"port {port} on {HOST}: {error.strerror}: choose another with --port; 0 takes a free one"
+            f"port {port} on {HOST}: {error.strerror}: choose another, or 0 for a free one"
         ) from None
     return sock

@@ -20,28 +20,34 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from aggregation import guard, payload
+from aggregation import guard
 from aggregation.adapter import Adapter
 from aggregation.durable import StorageError
-from clients.connection import ConnectionLost, Denied
+from clients.connection import Denied
 from clients.health import NoSpace, require_space
 from clients.health import measure as measure_health
+from clients.inspection import Refusal, open_payload
 from clients.link import Backoff
-from clients.partial import Partial, PayloadMismatch
-from clients.probe import HeldOut, Measurement, SelfTestError, measure, self_test
+from clients.partial import Fetch, PayloadMismatch, fill
+from clients.probe import (
+    HeldOut,
+    Measurement,
+    SelfTestError,
+    measure,
+    measure_latency,
+    self_test,
+)
 from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
 from protos.messages import DeviceEvent, Quality, RejectReason
 
 log = logging.getLogger("airpeft.clients.install")
-
-Fetch = Callable[[int], Iterator[bytes]]
 
 
 class Outcome(StrEnum):
@@ -57,9 +63,9 @@ class InstallPolicy:
     """What a device asks of a release before it serves it.
 
     Attributes:
-        quality_tolerance: accuracy on the own held-out data may fall by this much (0 to 1). A
-            release older than the running one is an operator's roll-back: it is measured and
-            reported, but not refused for its quality.
+        quality_tolerance: accuracy on the own held-out data may fall by this much (0 to 1), and
+            by one example in any case. A release older than the running one is an operator's
+            roll-back: it is measured and reported, but not refused for its quality.
         max_payload_bytes: no larger payload is fetched.
         max_attempts: tries of one release, counted over restarts: what kills the process that
             loads it is given up.
@@ -72,6 +78,14 @@ class InstallPolicy:
     max_attempts: int = 3
     fetch_tries: int = 4
     guard: guard.GuardLimits = field(default_factory=guard.GuardLimits)
+
+    def allowed_fall(self, examples: int) -> float:
+        """How far accuracy may fall on so many examples; one example alone never decides.
+
+        >>> InstallPolicy().allowed_fall(10), InstallPolicy().allowed_fall(1000)
+        (0.1, 0.05)
+        """
+        return max(self.quality_tolerance, 1.0 / max(1, examples))
 
 
 class Tell(Protocol):
@@ -126,7 +140,7 @@ class Installer:
         try:
             self._stage(record, fetch)
             return self._try(record)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             if refusal.final:
                 forget()
             if self._slots.state.trial is not None:
@@ -160,7 +174,7 @@ class Installer:
                     adapter = self._open(record, self._slots.active_payload())
                     self._runtime.publish(self._runtime.load(adapter, name=record.release))
                 break
-            except (SlotDamaged, _Refusal, LoadError) as error:
+            except (SlotDamaged, Refusal, LoadError) as error:
                 log.error("the committed release cannot be used: %s", error)
                 name = record.release if record else ""
                 self._tell(DeviceEvent.FAILED, release=name, detail=f"at start: {error}")
@@ -191,7 +205,7 @@ class Installer:
 
     def _obtain(self, record: SlotRecord, fetch: Fetch) -> bytes:
         if record.length > self._policy.max_payload_bytes:
-            raise _Refusal(
+            raise Refusal(
                 DeviceEvent.REJECTED,
                 RejectReason.GUARD,
                 f"the payload has {record.length} bytes, at most {self._policy.max_payload_bytes}",
@@ -199,62 +213,25 @@ class Installer:
         partial = self._slots.partial(record.sha256, record.length)
         require_space(self._home, 2 * record.length - partial.offset)
         try:
-            self._fill(partial, record, fetch)
+            policy = self._policy
+            fill(partial, fetch, backoff=self._backoff, stop=self._stop, tries=policy.fetch_tries)
             return partial.finish()
         except PayloadMismatch as error:
             # Not the release's fault but its carrier's: an honest one may bring it yet.
             reason = RejectReason.PAYLOAD_DIGEST
-            raise _Refusal(DeviceEvent.REJECTED, reason, str(error), final=False) from error
+            raise Refusal(DeviceEvent.REJECTED, reason, str(error), final=False) from error
         except Denied as error:
             detail = f"the server does not hand out the payload: {error}"
-            raise _Refusal(DeviceEvent.FAILED, None, detail, final=False) from error
-
-    def _fill(self, partial: Partial, record: SlotRecord, fetch: Fetch) -> None:
-        """Go on where it stopped, through any number of cuts that let some bytes pass."""
-        tries = 0
-        while partial.offset < record.length:
-            start = partial.offset
-            try:
-                for chunk in fetch(start):
-                    partial.append(chunk)
-                break
-            except ConnectionLost as lost:
-                tries = 1 if partial.offset > start else tries + 1
-                wait = self._backoff.next(lost.retry_after)
-                if tries >= self._policy.fetch_tries or self._stop.wait(wait):
-                    raise
-        self._backoff.reset()
+            raise Refusal(DeviceEvent.FAILED, None, detail, final=False) from error
 
     def _open(self, record: SlotRecord, data: bytes) -> Adapter:
-        """Bytes to an adapter that is safe to load."""
-        limits = payload.PayloadLimits(
-            max_bytes=record.length, max_plain=max(1, record.plain_length)
-        )
-        try:
-            adapter = payload.decode(
-                data,
-                spec_digest=record.spec_digest,
-                adapter_digest=record.adapter_digest,
-                limits=limits,
-            )
-            guard.check(
-                adapter,
-                expected_base=self._runtime.base_digest,
-                shapes=self._runtime.module_shapes,
-                limits=self._policy.guard,
-            )
-        except payload.PayloadError as error:
-            reason = RejectReason.PAYLOAD_MALFORMED
-            raise _Refusal(DeviceEvent.REJECTED, reason, str(error)) from error
-        except guard.GuardError as error:
-            raise _Refusal(DeviceEvent.REJECTED, RejectReason.GUARD, str(error)) from error
-        return adapter
+        return open_payload(record, data, self._runtime, self._policy.guard)
 
     def _try(self, record: SlotRecord) -> Outcome:
         """Load, probe, publish, commit."""
         attempts = self._slots.attempt()
         if attempts > self._policy.max_attempts:
-            raise _Refusal(
+            raise Refusal(
                 DeviceEvent.REVERTED,
                 RejectReason.SELF_TEST,
                 f"{attempts - 1} tries of this release did not live to their end",
@@ -265,7 +242,7 @@ class Installer:
             self_test(self._runtime, version)
             quality = self._probe(record, version)
         except (LoadError, SelfTestError, RequestError) as error:
-            raise _Refusal(DeviceEvent.REVERTED, RejectReason.SELF_TEST, str(error)) from error
+            raise Refusal(DeviceEvent.REVERTED, RejectReason.SELF_TEST, str(error)) from error
         previous = self._runtime.publish(version)
         try:
             self._slots.commit(
@@ -308,10 +285,7 @@ class Installer:
     def _probe(self, record: SlotRecord, version: AdapterVersion) -> Quality | None:
         if self._held_out is None:
             return None
-        serving = self._runtime.pin()
-        if serving.digest not in self._measured:
-            self._measured = {serving.digest: measure(self._runtime, serving, self._held_out)}
-        before = self._measured[serving.digest]
+        before = self._before(version)
         after = measure(self._runtime, version, self._held_out)
         if before is None or after is None:
             log.warning("%s: the held-out examples are of other classes", record.release)
@@ -323,17 +297,29 @@ class Installer:
             latency_ms_before=before.latency_ms,
             latency_ms_after=after.latency_ms,
         )
-        fall = before.accuracy - after.accuracy
-        if fall > self._policy.quality_tolerance and not self._is_older(record):
-            raise _Refusal(
+        allowed = self._policy.allowed_fall(after.examples)
+        if before.accuracy - after.accuracy > allowed + 1e-9 and not self._is_older(record):
+            raise Refusal(
                 DeviceEvent.REVERTED,
                 RejectReason.QUALITY_REGRESSED,
                 f"accuracy {after.accuracy:.4f} after {before.accuracy:.4f} on {after.examples} "
-                f"held-out examples; {self._policy.quality_tolerance:g} less would be tolerated",
+                f"held-out examples; a fall of {allowed:.4f} is allowed",
                 quality=quality,
             )
         self._measured[version.digest] = after
         return quality
+
+    def _before(self, candidate: AdapterVersion) -> Measurement | None:
+        """What serves now, measured once; the base alone guesses, so it scores as chance does."""
+        serving = self._runtime.pin()
+        assert self._held_out is not None  # noqa: S101  (narrows the type)
+        if not serving.digest:
+            latency = measure_latency(self._runtime, serving, self._held_out)
+            chance = 1.0 / max(1, len(candidate.labels))
+            return Measurement(len(self._held_out.texts), chance, latency)
+        if serving.digest not in self._measured:
+            self._measured = {serving.digest: measure(self._runtime, serving, self._held_out)}
+        return self._measured[serving.digest]
 
     def _is_older(self, record: SlotRecord) -> bool:
         active = self._slots.active()
@@ -353,20 +339,3 @@ class Installer:
             round_sequence=record.round_sequence,
             **fields,
         )
-
-
-class _Refusal(Exception):  # noqa: N818  (never leaves this module)
-    """A release that does not come into service, with what is to be reported."""
-
-    def __init__(
-        self,
-        event: DeviceEvent,
-        reason: RejectReason | None,
-        detail: str,
-        *,
-        final: bool = True,
-        quality: Quality | None = None,
-    ) -> None:
-        super().__init__(detail)
-        self.event, self.final = event, final
-        self.fields: Mapping[str, Any] = {"reason": reason, "quality": quality}

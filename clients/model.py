@@ -259,6 +259,7 @@ def attach(model: SentenceClassifier, spec: AdapterSpec) -> Any:
     fields = dict(peft_layout.peft_config(spec, "base"))
     known = set(LoraConfig.__dataclass_fields__)
     config = LoraConfig(**{key: value for key, value in fields.items() if key in known})
+    config.base_model_name_or_path = None  # a public name is written at export, never a path
     config.task_type = None  # the classifier is ours, not one of PEFT's task wrappers
     config.inference_mode = False
     model.split = first_trained_layer(spec, len(model.layers))

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aggregation.durable import StorageError
+from clients.connection import ConnectionLost
 from clients.errors import ClientError
 from clients.health import NoSpace
+from clients.link import Backoff
+
+Fetch = Callable[[int], Iterator[bytes]]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -78,6 +84,37 @@ class Partial:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error says that the disk, the quota or the file size limit is used up."""
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def fill(
+    partial: Partial, fetch: Fetch, *, backoff: Backoff, stop: threading.Event, tries: int
+) -> None:
+    """Go on where a download stopped, through any number of cuts that let some bytes pass.
+
+    Args:
+        partial: what is there already.
+        fetch: the payload's bytes from an offset on.
+        backoff: waits between two cuts.
+        stop: ends the waiting.
+        tries: consecutive cuts without a byte between them, before the link is given up.
+
+    Raises:
+        ConnectionLost: given up; what is there stays.
+        PayloadMismatch: more bytes than were signed.
+        NoSpace: the disk is full.
+    """
+    vain = 0
+    while partial.offset < partial.length:
+        start = partial.offset
+        try:
+            for chunk in fetch(start):
+                partial.append(chunk)
+            break
+        except ConnectionLost as lost:
+            vain = 0 if partial.offset > start else vain + 1
+            if vain >= tries or stop.wait(backoff.next(lost.retry_after)):
+                raise
+    backoff.reset()
 
 
 def storage_error(path: Path, error: BaseException | None) -> ClientError | StorageError:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from aggregation.adapter import Adapter
 from aggregation.spec import Orientation
-from clients.model import BaseRef, build, tokenizer
+from clients.base import BaseRef
+from clients.model import build, tokenizer
 from clients.runtime import (
     BASE,
     DEFAULT,

@@ -134,18 +134,24 @@ def measure(
         for prediction, expected in zip(answers, truth[start:], strict=False):
             _check(prediction, version)
             right += prediction.label == expected
-    return Measurement(len(truth), right / len(truth), _latency(runtime, version, held_out, clock))
+    latency = measure_latency(runtime, version, held_out, clock=clock)
+    return Measurement(len(truth), right / len(truth), latency)
 
 
-def _latency(
-    runtime: Runtime, version: AdapterVersion, held_out: HeldOut, clock: Callable[[], float]
+def measure_latency(
+    runtime: Runtime,
+    version: AdapterVersion,
+    held_out: HeldOut,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
+    """Median time of a few single requests, in milliseconds."""
     times = []
     for text in held_out.texts[:TIMED]:
         start = clock()
         runtime.run([Request(text, version)])
         times.append(1000.0 * (clock() - start))
-    return statistics.median(times)
+    return statistics.median(times) if times else 0.0
 
 
 def _check(prediction: Prediction, version: AdapterVersion) -> None:

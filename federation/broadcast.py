@@ -57,6 +57,7 @@ class Feed:
         self._bundle = bundle
         self._ready: dict[int, bytes] = {}
         self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed = False
 
     def current(self, root_version: int) -> bytes:
         """The serialised event; equal versions share one object."""
@@ -73,6 +74,11 @@ class Feed:
         self._ready.clear()
         waiting, self._next = self._next, asyncio.get_running_loop().create_future()
         waiting.set_result(None)
+
+    def close(self) -> None:
+        """The server is about to stop: let every stream end."""
+        self.closed = True
+        self.wake()
 
     async def wait(self, timeout: float) -> None:
         """Until :meth:`wake`, or for ``timeout`` seconds."""
@@ -132,6 +138,8 @@ class FleetService:
                 else:
                     await context.write(_heartbeat())
                 await self._feed.wait(self._heartbeat)
+                if self._feed.closed:
+                    await context.abort(Code.UNAVAILABLE, "the server is stopping: come back")
                 if not self._fleet.admits(device, serial):
                     await self._deny(context, device)
 

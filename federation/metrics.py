@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from federation.rollout import State
@@ -39,9 +41,17 @@ class Metrics:
         self.denied = counter(
             "airpeft_calls_denied_total", "Calls with a certificate that is not admitted."
         )
-        self.rounds = counter("airpeft_rounds_published_total", "Round documents published.")
+        self.round = Gauge(
+            "airpeft_round_sequence", "Sequence of the round in force.", registry=self.registry
+        )
+        self.expiry = Gauge(
+            "airpeft_metadata_expires_timestamp_seconds",
+            "When each role's metadata expires, Unix time.",
+            ["role"],
+            registry=self.registry,
+        )
 
-    def render(self, devices: dict[str, int], rollouts: dict[str, int]) -> bytes:
+    def render(self, devices: Mapping[str, int], rollouts: Mapping[str, int]) -> bytes:
         """The exposition text, after setting the gauges that are read from the database."""
         for state in ("active", "revoked"):
             self.devices.labels(state).set(devices.get(state, 0))

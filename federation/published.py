@@ -15,6 +15,7 @@ from typing import Any
 from tuf.api.exceptions import RepositoryError as TufError
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all__
     Metadata,
+    MetaFile,
     Root,
     TargetFile,
     Targets,
@@ -174,20 +175,25 @@ def load(folder: Path) -> Published:
         {"root": parse_metadata(roots[-1], f"{len(roots)}.root.json")},
     )
 
-    def take(role: str, name: str, delegator: str) -> Metadata[Any]:
+    def take(role: str, name: str, delegator: str, meta: MetaFile | None = None) -> Any:
         data = _read(where / name)
         files[role], metadata[role] = data, parse_metadata(data, name)
         verify(metadata[delegator].signed, role, metadata[role], name)
-        return metadata[role]
+        if meta is not None:
+            _matches(meta, data, metadata[role], name)
+        return metadata[role].signed
 
-    meta = take("timestamp", "timestamp.json", "root").signed.snapshot_meta
-    snapshot = take("snapshot", f"{meta.version}.snapshot.json", "root").signed
+    named = take("timestamp", "timestamp.json", "root").snapshot_meta
+    snapshot = take("snapshot", f"{named.version}.snapshot.json", "root", named)
     for role, delegator in (
         ("targets", "root"),
         (ADAPTERS_ROLE, "targets"),
         (ROUNDS_ROLE, "targets"),
     ):
-        take(role, f"{snapshot.meta[f'{role}.json'].version}.{role}.json", delegator)
+        listed = snapshot.meta.get(f"{role}.json")
+        if listed is None:
+            raise RepositoryError(f"{named.version}.snapshot.json does not list {role}")
+        take(role, f"{listed.version}.{role}.json", delegator, listed)
     return Published(tuple(roots), files, metadata)
 
 
@@ -228,6 +234,15 @@ def _roots(where: Path) -> list[bytes]:
     if not roots:
         raise RepositoryError(f"{where / '1.root.json'} is missing")
     return roots
+
+
+def _matches(meta: MetaFile, data: bytes, metadata: Metadata[Any], name: str) -> None:
+    try:
+        meta.verify_length_and_hashes(data)
+    except TufError as error:
+        raise RepositoryError(f"{name} is not the file that is current: {error}") from None
+    if metadata.signed.version != meta.version:
+        raise RepositoryError(f"{name} holds version {metadata.signed.version}")
 
 
 def _read(path: Path) -> bytes:

@@ -27,6 +27,7 @@ from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update, UpdateError
 from federation import cohort
 from federation.checkpoint import Checkpoints
+from federation.requests import Requests
 from federation.rounds import LATE, Round, RoundsConfig
 from protos import flower
 
@@ -103,8 +104,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         self._checkpoints = checkpoints
         self._clock = clock
         self._names: dict[int, str] = {}  # node id -> the client's stable name
-        self._asked: list[tuple[object, str]] = []  # (message metadata, client), in order
-        self._asked_at: dict[str, float] = {}
+        self._requests = Requests(clock)
         self._round = Round(number=0, adapter_in="", adapter_out="")
 
     def start(self, grid: Grid) -> TrainingResult:
@@ -148,7 +148,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         nodes = self._present(grid)
         drawn = cohort.draw(nodes, server_round, cfg.fraction, cfg.sampling, cfg.seed)
         adapter = self._state.adapter
-        self._asked = []
+        self._requests = Requests(self._clock)
         self._round = Round(
             number=server_round,
             adapter_in=adapter.digest,
@@ -182,9 +182,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         used: dict[str, Update] = {}
         refused: dict[str, str] = {}
         size = 0
-        for reply, client in self._ordered(replies):
-            if not client or client in used or client in refused:
-                continue  # nobody asked, or answered already
+        for reply, client, seconds in self._requests.match(replies):
             outcome = self._admit(reply, client, server_round)
             if isinstance(outcome, Update):
                 size += outcome.adapter.nbytes
@@ -197,7 +195,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             if isinstance(outcome, str):
                 refused[client] = outcome
                 _log.warning("round %d: %s is left out: %s", server_round, client, outcome)
-            self._tell(server_round, client, outcome)
+            self._on_reply(Reply(server_round, client, refused.get(client, ""), seconds))
         refused.update({c: LATE for c in self._round.cohort if c not in used and c not in refused})
         self._round = replace(
             self._round,
@@ -282,56 +280,26 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         return {name: node for node, name in sorted(self._names.items(), reverse=True)}
 
     def _ask_names(self, grid: Grid, nodes: Sequence[int]) -> None:
-        requests = [
-            Message(RecordDict(), dst_node_id=node, message_type=flower.IDENTITY) for node in nodes
+        requests = Requests(self._clock)
+        messages = [
+            requests.add(Message(RecordDict(), dst_node_id=n, message_type=flower.IDENTITY), str(n))
+            for n in nodes
         ]
-        self._asked = [(r.metadata, str(n)) for r, n in zip(requests, nodes, strict=True)]
-        replies = grid.send_and_receive(requests, timeout=self._config.gather_seconds)
-        for reply, asked in self._ordered(replies):
-            if not asked or not reply.has_content():
+        replies = grid.send_and_receive(messages, timeout=self._config.gather_seconds)
+        for reply, node, _ in requests.match(replies):
+            if not reply.has_content():
                 continue  # asked again before the next round
             try:
-                self._names[int(asked)] = flower.identity_from(reply.content).client
+                self._names[int(node)] = flower.identity_from(reply.content).client
             except flower.RecordError as error:
-                _log.warning("node %s has no usable name: %s", asked, error)
+                _log.warning("node %s has no usable name: %s", node, error)
 
     def _messages(
         self, content: RecordDict, targets: Sequence[tuple[int, str]]
     ) -> Iterator[Message]:
         for node, client in targets:
             message = Message(content, dst_node_id=node, message_type=flower.TRAIN)
-            self._asked.append((message.metadata, client))
-            self._asked_at[client] = self._clock()
-            yield message
-
-    def _ordered(self, replies: Iterable[Message]) -> Iterator[tuple[Message, str]]:
-        """Each reply with the client that was asked.
-
-        A grid that hands out replies one by one keeps their order itself; one that returns them
-        all gets them sorted, since floating-point sums depend on it. A client is known by the
-        message that it answers: the sender field of an error is the server's own.
-        """
-
-        def asked() -> dict[str, tuple[int, str]]:
-            return {
-                metadata.message_id: (index, client)  # type: ignore[attr-defined]
-                for index, (metadata, client) in enumerate(self._asked)
-            }
-
-        if isinstance(replies, list | tuple):
-            known = asked()
-            last = (len(known), "")
-            for reply in sorted(
-                replies, key=lambda r: known.get(r.metadata.reply_to_message_id, last)
-            ):
-                yield reply, known.get(reply.metadata.reply_to_message_id, last)[1]
-            return
-        known = {}
-        for reply in replies:
-            name = reply.metadata.reply_to_message_id
-            if name not in known:
-                known = asked()
-            yield reply, known[name][1] if name in known else ""
+            yield self._requests.add(message, client)
 
     def _admit(self, reply: Message, client: str, number: int) -> Update | str:
         """The update, or why there is none."""
@@ -345,8 +313,3 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         if update.client != client:
             return "wrong-client"
         return update if update.round == number else "wrong-round"
-
-    def _tell(self, number: int, client: str, outcome: Update | str) -> None:
-        seconds = self._clock() - self._asked_at.get(client, self._clock())
-        refused = outcome if isinstance(outcome, str) else ""
-        self._on_reply(Reply(number, client, refused, seconds))

@@ -69,7 +69,6 @@ class Ticker:
         self._store, self._fleet, self._repository = store, fleet, repository
         self._changed = changed
         self._lock = threading.RLock()
-        self.rounds_published = 0
         self.trouble = ""  # why the last round could not be published; empty when all is well
 
     def create(
@@ -104,6 +103,24 @@ class Ticker:
             connection.execute(tables.rollouts.insert().values(row))
             self._store.log(connection, who, "draft", rollout.id, why or f"release {release}")
         return rollout
+
+    def start(
+        self, release: str, waves: Sequence[Wave], policy: Policy, *, who: str, why: str = ""
+    ) -> Rollout:
+        """Draft a rollout and start it; one that cannot start is aborted at once.
+
+        Raises:
+            NotFoundError: no such release.
+            RolloutError: as for :meth:`create` and :meth:`act`.
+        """
+        with self._lock:
+            self._check_governs(None)
+            draft = self.create(release, waves, policy, who=who, why=why)
+            try:
+                return self.act(draft.id, Verb.START, who=who, why=why)
+            except RolloutError as error:
+                self.act(draft.id, Verb.ABORT, who=who, why=str(error))
+                raise
 
     def act(self, rollout_id: str, verb: Verb, *, who: str, why: str = "") -> Rollout:
         """Do what an operator asks, and publish what follows from it.
@@ -168,17 +185,19 @@ class Ticker:
             self._publish()
             rollout = decision.rollout
 
-    def _check_governs(self, rollout: Rollout) -> None:
+    def _check_governs(self, rollout: Rollout | None) -> None:
+        """Refuse if another rollout is under way, or came after this one."""
+        newer = True
         for record in self.records():
             other = record.rollout
-            if other.id == rollout.id or other.state is State.DRAFT:
-                continue
-            if other.state in ACTIVE:
+            if rollout is not None and other.id == rollout.id:
+                newer = False
+            elif other.state in ACTIVE:
                 raise RolloutError(
                     f"rollout {other.id} of {other.release.release} is {other.state}: wait for it,"
                     f" or stop it with: airpeft rollout abort {other.id}"
                 )
-            if rollout.state is State.DONE and int(other.id[2:]) > int(rollout.id[2:]):
+            elif newer and rollout is not None and rollout.wave >= 0 and other.wave >= 0:
                 raise RolloutError(
                     f"rollout {other.id} came after {rollout.id}: start a new rollout of the"
                     " release that you want"
@@ -216,7 +235,6 @@ class Ticker:
             if row.sequence > self._repository.round().sequence:
                 document = _document(row.sequence, row.rollout, _orders(row.orders))
                 self._repository.publish_round(document, now=self._now())
-                self.rounds_published += 1
         except (PublishError, StorageError) as error:
             if str(error) != self.trouble:
                 log.error("round %d is not published: %s", row.sequence, error)

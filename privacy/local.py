@@ -101,9 +101,11 @@ class PrivateSgd:
     def __enter__(self) -> Self:
         # Opacus computes nothing in evaluation mode; the models that come here have no dropout.
         self._model.train()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
+        # The frozen layers below the adapter need no gradient, which torch reports at every step.
+        self._quiet = warnings.catch_warnings()
+        self._quiet.__enter__()
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
         return self
 
     def __exit__(
@@ -113,6 +115,7 @@ class PrivateSgd:
         trace: TracebackType | None,
     ) -> None:
         self._hooks.cleanup()
+        self._quiet.__exit__(kind, error, trace)
         for parameter in self._parameters.values():
             for name in ("summed_grad", "grad_sample", "_forward_counter", "_current_grad_sample"):
                 if hasattr(parameter, name):

@@ -24,6 +24,7 @@ from aggregation import durable
 from clients.data import DataError, Examples, read_examples
 from protos.tasks import client_name
 from simulations.errors import SimulationError
+from simulations.resources import find
 
 if TYPE_CHECKING:
     from simulations.partition import Split
@@ -87,7 +88,7 @@ def load(
                 "data.path, data.text and data.label"
             )
         file, label_names = SHIPPED[name]
-        path = Path(__file__).parent / file
+        path = find(file)
     try:
         examples = read_examples(path, text=text, label=label, label_names=label_names)
     except DataError as error:

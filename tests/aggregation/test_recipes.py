@@ -234,6 +234,11 @@ def test_another_gauge_is_the_same_update_for_the_default_but_not_for_fedit(
     two, _ = run(EXACT, state, other)
     for m in spec.modules:
         assert relative(two.exact(m.name).dense(), one.exact(m.name).dense()) < 1e-5
+    control = [run(FEDIT, state, updates)[0] for updates in (plain, other)]
+    assert any(
+        relative(products(control[1].adapter)[m.name], products(control[0].adapter)[m.name]) > 1e-2
+        for m in spec.modules
+    )
 
 
 @FEW
@@ -263,7 +268,7 @@ def test_a_dead_adapter_cannot_come_out() -> None:
     spec = plain_spec((8, 8))
     state = initial_state(initial_adapter(spec, 0))
     trained = dict(state.adapter.tensors)
-    key_a, key_b = spec.modules[0].keys
+    _, key_b = spec.modules[0].keys
     left = np.zeros(spec.shapes()[key_b], np.float32)
     left[:, 0] = 1.0
     trained[key_b] = left  # one live direction in the first module, none in the second

@@ -1,0 +1,290 @@
+"""A device process: its home folder, its settings, and how the parts are put together.
+
+Home folder, everything durable in it::
+
+    device.toml      settings, all optional (see DeviceSettings); flags and environment come first
+    identity/        key, certificate, trusted roots              clients.identity
+    trust/           what has been seen and will not be undone    clients.trust
+    slots/           releases and downloads                       clients.slots
+    telemetry/       reports on their way                         clients.telemetry
+    endpoint.json    {"url", "port", "pid"} while it serves
+    lock             held while a process uses the folder
+
+This is the only module that brings an engine and the agent together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from aggregation.durable import write_bytes
+from clients import health, identity
+from clients.connection import Connection, enrol
+from clients.device_settings import DeviceError, DeviceSettings
+from clients.identity import Identity
+from protos.messages import EnrolRequest
+
+log = logging.getLogger("airpeft.clients.device")
+
+RUNTIME = "torch"
+BUILT_UNIX = 1_761_955_200  # 2025-11-01: no clock is believed to be before this software
+ENDPOINT_FILE = "endpoint.json"
+_PDEATHSIG = 1  # prctl(2)
+
+
+def enrol_device(home: Path, bundle: Path, *, base: str) -> Identity:
+    """Use an enrolment file: make a key, ask for a certificate, keep what comes back.
+
+    Asking again with the same file after an interruption is safe: key and token stay the same.
+
+    Args:
+        home: the device's home folder; made if missing.
+        bundle: what ``airpeft fleet token --out`` wrote.
+        base: base model, for the inventory; it must be there.
+
+    Raises:
+        DeviceError: the file is not an enrolment file, or the device is enrolled already.
+        BaseNotFound: there is no such base model.
+        ConnectionLost: the server cannot be reached.
+        Denied: the token is unknown, used or expired.
+        StorageError: the home folder cannot be written.
+    """
+    from clients.base import find_base
+
+    if (home / identity.FOLDER / "identity.json").exists():
+        raise DeviceError(
+            f"{home} is enrolled as {identity.load(home).device_id}: use another home folder, or "
+            "remove this one to start afresh"
+        )
+    fields = _read_bundle(bundle)
+    digest = find_base(base).digest
+    key = identity.key_of(home)
+    request = EnrolRequest(
+        token=fields["token"],
+        certificate_request=identity.certificate_request(key),
+        inventory=health.inventory(
+            agent_version=metadata.version("airpeft"), base_digest=digest, runtime=RUNTIME
+        ),
+    )
+    reply = enrol(fields["enrol"], fields["authority_pem"].encode(), request)
+    return identity.save(home, reply, key_pem=key, fleet=fields["fleet"])
+
+
+def run_device(
+    home: Path,
+    settings: DeviceSettings,
+    *,
+    stop: threading.Event,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve and keep up to date until ``stop`` is set.
+
+    Args:
+        home: of an enrolled device.
+        settings: see :class:`DeviceSettings`.
+        stop: set by a signal.
+        ready: called with the endpoint's address once it answers.
+
+    Raises:
+        IdentityError: not enrolled.
+        DeviceError: another process uses the folder.
+        ClientError: no base, unreadable held-out data, port taken.
+    """
+    # Before torch is imported: its thread pools read these once.
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    who = identity.load(home)
+    with _locked(home):
+        agent, endpoint = _assemble(home, settings, who)
+        agent.start()
+        endpoint.start()
+        url = f"http://127.0.0.1:{endpoint.port}"
+        document = {"url": url, "port": endpoint.port, "pid": os.getpid()}
+        write_bytes(home / ENDPOINT_FILE, json.dumps(document).encode())
+        worker = threading.Thread(target=agent.run, name="agent", daemon=True)
+        worker.start()
+        try:
+            ready(url)
+            stop.wait()
+        finally:
+            log.info("stopping")
+            agent.stop()
+            worker.join(10.0)
+            endpoint.stop()
+            (home / ENDPOINT_FILE).unlink(missing_ok=True)
+
+
+def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any, Any]:
+    import torch
+
+    from clients.agent import Agent, AgentPolicy
+    from clients.base import find_base
+    from clients.endpoint import DeviceMetrics, Endpoint
+    from clients.install import InstallPolicy
+    from clients.link import Backoff
+    from clients.peft_runtime import PeftRuntime
+    from clients.probe import HeldOut
+    from clients.slots import Slots
+    from clients.telemetry import ReportQueue
+    from clients.trust import DeviceFacts, Trust
+
+    torch.set_num_threads(settings.threads)
+    held_out = None
+    if settings.heldout is not None:
+        held_out = HeldOut.read(
+            settings.heldout,
+            text=settings.text_column,
+            label=settings.label_column,
+            limit=settings.heldout_limit,
+        )
+    runtime = PeftRuntime(
+        find_base(settings.base),
+        labels=held_out.label_names if held_out else (),
+        max_length=settings.max_length,
+    )
+    queue = ReportQueue(
+        home, device_id=who.device_id, sign=who.sign, now_ms=lambda: time.time_ns() // 1_000_000
+    )
+    metrics = DeviceMetrics()
+    rng = random.SystemRandom()  # jitter must differ between devices that start together
+    agent = Agent(
+        home,
+        device=DeviceFacts(
+            device_id=who.device_id,
+            base_digest=runtime.base_digest,
+            runtime=runtime.kind,
+            agent_built_unix=BUILT_UNIX,
+        ),
+        trust=Trust(home / "trust", who.root),
+        slots=Slots(home),
+        runtime=runtime,
+        queue=queue,
+        connect=lambda: Connection(who),
+        held_out=held_out,
+        policy=AgentPolicy(
+            install=InstallPolicy(quality_tolerance=settings.quality_tolerance),
+            health_seconds=settings.health_seconds,
+            reconnect=settings.reconnect_seconds,
+            later=settings.later_seconds,
+        ),
+        now=lambda: datetime.now(UTC),
+        backoff=lambda base, cap: Backoff(rng, base=base, cap=cap),
+        on_report=metrics.report,
+    )
+
+    def status() -> dict[str, Any]:
+        device = {"device_id": who.device_id, "reports_pending": queue.pending()}
+        return {**device, **asdict(agent.status)}
+
+    return agent, Endpoint(runtime, status=status, metrics=metrics, port=settings.port)
+
+
+def read_status(home: Path) -> dict[str, Any]:
+    """What a device says of itself if it runs, else what its home folder says.
+
+    Raises:
+        IdentityError: not enrolled.
+    """
+    import httpx
+
+    from clients.slots import Slots
+
+    who = identity.load(home)
+    file = home / ENDPOINT_FILE
+    if file.exists():
+        try:
+            url = str(json.loads(file.read_bytes())["url"])
+            found = httpx.get(f"{url}/v1/status", timeout=5.0).raise_for_status().json()
+            return {"running": True, "url": url, **found}
+        except (httpx.HTTPError, ValueError, KeyError):
+            pass  # a process that was killed leaves its file behind
+    active = Slots(home).active()
+    pending = len(list((home / "telemetry").glob("[0-9]*.report")))
+    return {
+        "running": False,
+        "device_id": who.device_id,
+        "release": active.release if active else "base",
+        "adapter": active.adapter_digest if active else "",
+        "reports_pending": pending,
+    }
+
+
+def stop_on_signals(stop: threading.Event) -> None:
+    """SIGTERM and SIGINT set the event; to be called in the main thread."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the parent dies, however it dies.
+
+    Raises:
+        DeviceError: not on Linux, or the parent is gone already.
+    """
+    parent = os.getppid()
+    try:
+        result = ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGTERM)
+    except (AttributeError, OSError):
+        result = -1
+    if result != 0:
+        raise DeviceError(
+            "--die-with-parent needs Linux: leave it out and stop the device yourself"
+        )
+    if os.getppid() != parent:  # it died before the request was in place
+        raise DeviceError("the parent process has ended")
+
+
+def _read_bundle(path: Path) -> dict[str, str]:
+    wanted = ("enrol", "fleet", "token", "authority_pem")
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DeviceError(
+            f"{path}: there is no such file; the operator makes one with "
+            "'airpeft fleet token --out FILE'"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{path} is not an enrolment file: {error}") from None
+    missing = [
+        key
+        for key in wanted
+        if not isinstance(document, dict) or not isinstance(document.get(key), str)
+    ]
+    if missing:
+        raise DeviceError(
+            f"{path} is not an enrolment file: {', '.join(missing)} missing; the operator makes "
+            "one with 'airpeft fleet token --out FILE'"
+        )
+    return {key: document[key] for key in wanted}
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise DeviceError(
+            f"another process uses {home}: stop it first ('airpeft device status --home {home}' "
+            "shows it), or give this one its own home"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

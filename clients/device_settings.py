@@ -1,0 +1,95 @@
+"""Settings of a device process, parsed once, at its start, from four places in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from clients.errors import ClientError
+
+
+class DeviceError(ClientError):
+    """A device that cannot start; the message says what to do."""
+
+
+class DeviceSettings(BaseSettings):
+    """Settings of a device; flag > environment (AIRPEFT_DEVICE_...) > device.toml > default.
+
+    Attributes:
+        base: base model, a known name or a folder.
+        heldout: the device's own labelled examples; without them a release is only self-tested.
+        text_column: its column with the text.
+        label_column: its column with the class.
+        heldout_limit: examples used for a probe, at most.
+        port: of the local endpoint; 0 for a free one.
+        threads: torch threads.
+        max_length: tokens of a text that are looked at.
+        quality_tolerance: how much accuracy may fall with a new release, 0 to 1.
+        health_seconds: between two health reports.
+        reconnect_seconds: first and largest bound of the wait after a lost link.
+        later_seconds: first and largest bound of the wait before a failed install is tried again.
+        log_level: of the ``airpeft`` loggers.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="AIRPEFT_DEVICE_", extra="forbid", frozen=True)
+
+    base: str = "minilm"
+    heldout: Path | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    heldout_limit: int = Field(256, ge=1, le=100_000)
+    port: int = Field(0, ge=0, le=65_535)
+    threads: int = Field(1, ge=1, le=256)
+    max_length: int = Field(128, ge=4, le=4096)
+    quality_tolerance: float = Field(0.05, ge=0.0, le=1.0)
+    health_seconds: float = Field(300.0, gt=0.0)
+    reconnect_seconds: tuple[float, float] = (0.5, 60.0)
+    later_seconds: tuple[float, float] = (30.0, 3600.0)
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @classmethod
+    def read(cls, home: Path, flags: Mapping[str, Any]) -> DeviceSettings:
+        """The settings of one start.
+
+        Args:
+            home: where ``device.toml`` may lie.
+            flags: what was given on the command line; None means not given.
+
+        Raises:
+            DeviceError: naming the setting, the value and what is allowed.
+        """
+        file = home / "device.toml"
+
+        class _Here(cls):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
+
+        try:
+            found = _Here(**{key: value for key, value in flags.items() if value is not None})
+            return cast("DeviceSettings", found)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise DeviceError(
+                f"setting {name!r}: {first['msg']} (given: {first.get('input')!r}); it comes from "
+                f"a flag, AIRPEFT_DEVICE_{name.upper()} or {file}"
+            ) from None
+        except ValueError as error:
+            raise DeviceError(f"{file} is not TOML: {error}") from None

@@ -1,0 +1,250 @@
+"""Commands of the server's side: ``airpeft server``, ``airpeft fleet``, ``airpeft rollout``.
+
+Exit codes: 0 done; 2 bad input, or the server said no.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from federation.errors import FederationError
+from federation.rollout_cli import rollout
+from federation.shown import (
+    HERE,
+    AsFormat,
+    Format,
+    Home,
+    TokenFile,
+    Url,
+    Why,
+    ago,
+    at,
+    call_operator,
+    plain_errors,
+    print_table,
+    show,
+)
+
+__all__ = ["fleet", "rollout", "server"]
+
+fleet = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="List the devices; make enrolment tokens; revoke certificates.",
+)
+
+
+def server(
+    home: Home = HERE,
+    host: Annotated[str, typer.Option(help="Address for devices.")] = "127.0.0.1",
+    advertise: Annotated[
+        str | None, typer.Option(help="Host that devices shall dial, if not --host.")
+    ] = None,
+    fleet_port: Annotated[int, typer.Option(help="0: that of the last start, or free.")] = 0,
+    enrol_port: Annotated[int, typer.Option(help="0: that of the last start, or free.")] = 0,
+    api_port: Annotated[int, typer.Option(help="On loopback; 0: likewise.")] = 0,
+    offline_keys: Annotated[
+        Path | None,
+        typer.Option(help="Root and adapter keys made before (airpeft keys init)."),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(help="Passphrase of offline keys; or AIRPEFT_KEY_PASSPHRASE."),
+    ] = None,
+    heartbeat_seconds: Annotated[float, typer.Option(min=0.1, help="On idle streams.")] = 60.0,
+    new_admin_token: Annotated[
+        bool, typer.Option("--new-admin-token", help="Replace the operator's token.")
+    ] = False,
+    die_with_parent: Annotated[
+        bool, typer.Option("--die-with-parent", help="End when the starting process ends.")
+    ] = False,
+) -> None:
+    """Run the fleet's server: gRPC for devices, REST for operators, rollouts.
+
+    The first start makes everything in the home folder: authority, keys, repository, database,
+    operator's token. endpoints.json appears there when the server answers.
+
+    Example: airpeft server --home fleet-server --host 0.0.0.0 --advertise fleet.example.org
+    """
+    from federation.first_start import Passphrases
+    from federation.server import ServerConfig, run
+    from federation.server import die_with_parent as follow_parent
+
+    if die_with_parent:
+        follow_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for noisy in ("alembic", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with plain_errors():
+        run(
+            ServerConfig(
+                home=home,
+                host=host,
+                advertise=advertise,
+                fleet_port=fleet_port,
+                enrol_port=enrol_port,
+                api_port=api_port,
+                offline_keys=offline_keys,
+                passphrases=Passphrases(offline=_passphrase(passphrase_file)),
+                heartbeat_seconds=heartbeat_seconds,
+                new_admin_token=new_admin_token,
+            )
+        )
+
+
+@fleet.command("list")
+def fleet_list(
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """All devices, with what runs on each.
+
+    Example: airpeft fleet list --home fleet-server --format json
+    """
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        devices = operator.devices()
+    show("devices", devices, format, lambda: _print_devices(devices))
+
+
+@fleet.command("show")
+def fleet_show(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """One device and its newest reports.
+
+    Example: airpeft fleet show d-0a1b2c3d4e --home fleet-server
+    """
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        one = operator.device(device)
+
+    def table() -> None:
+        _print_devices([one])
+        rows = [
+            (
+                r["sequence"],
+                at(r["received"]),
+                r["event"],
+                r["release"],
+                r["reason"] or "",
+                r["detail"],
+            )
+            for r in one["reports"]
+        ]
+        columns = ("REPORT", "RECEIVED", "EVENT", "RELEASE", "REASON", "DETAIL")
+        print_table(columns, rows, "no report yet")
+
+    show("device", one, format, table)
+
+
+@fleet.command("token")
+def fleet_token(
+    out: Annotated[Path, typer.Option(help="File for the device (mode 0600).")],
+    device: Annotated[str | None, typer.Option(help="Name it shall have; else random.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; repeatable.")] = None,
+    hours: Annotated[float, typer.Option(help="How long the token can be used.")] = 24.0,
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """Make a one-time enrolment file for one device.
+
+    Example: airpeft fleet token --out enrol.json --device kitchen --tag site=north
+    """
+    from aggregation import durable
+
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        made = operator.make_token(device_id=device, tags=_tags(tag), seconds=hours * 3600)
+        document = {key: made[key] for key in ("enrol", "fleet", "token", "authority_pem")}
+        durable.write_bytes(out, json.dumps(document, indent=2).encode(), mode=0o600)
+    data = {"file": str(out), "expires": made["expires"]}
+    text = f"{out}: one device, until {at(made['expires'])}; then: airpeft device enrol {out}"
+    show("enrolment-token", data, format, lambda: typer.echo(text))
+
+
+@fleet.command("revoke")
+def fleet_revoke(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    why: Why = "",
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """Never admit a device again; its open stream is cut.
+
+    Example: airpeft fleet revoke kitchen --why stolen
+    """
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        one = operator.revoke(device, why)
+    show("device", one, format, lambda: typer.echo(f"{device}: revoked"))
+
+
+@fleet.command("lagging")
+def fleet_lagging(
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    hours: Annotated[float, typer.Option(help="Silent for longer than this.")] = 24.0,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """Devices that were silent for long: off, cut off, or held back by someone in between.
+
+    Example: airpeft fleet lagging --hours 48
+    """
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        devices = operator.devices()
+    oldest = time.time() - hours * 3600
+    late = [d for d in devices if not d["revoked"] and (d["last_seen"] or 0) < oldest]
+    show("devices", late, format, lambda: _print_devices(late, f"none for {hours:g} h"))
+
+
+def _print_devices(devices: list[dict[str, Any]], empty: str = "") -> None:
+    now = time.time()
+    rows = [
+        (
+            d["id"],
+            "revoked" if d["revoked"] else "active",
+            d["running"] or "(base)",
+            ago(d["last_seen"], now),
+            d["inventory"].get("runtime", ""),
+            " ".join(f"{key}={value}" for key, value in sorted(d["tags"].items())),
+        )
+        for d in devices
+    ]
+    columns = ("DEVICE", "STATE", "RUNNING", "SEEN", "RUNTIME", "TAGS")
+    advice = "no device yet; make an enrolment file with: airpeft fleet token --out enrol.json"
+    print_table(columns, rows, empty or advice)
+
+
+def _tags(given: list[str] | None) -> dict[str, str]:
+    tags = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise FederationError(f"--tag {text!r} is not of the form KEY=VALUE")
+        tags[key] = value
+    return tags
+
+
+def _passphrase(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("AIRPEFT_KEY_PASSPHRASE") or None
+    try:
+        return file.read_text().rstrip("\n") or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FederationError(f"cannot read the passphrase file {file}: {error}") from error

@@ -1,0 +1,229 @@
+"""The operator's side of the REST interface, as the command line and the demo use it.
+
+with OperatorClient.of_home(Path("fleet")) as operator:
+    operator.start_rollout("stable-3", ["1", "100%"])
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from federation.errors import FederationError
+
+FINAL = frozenset({"done", "rolled_back", "aborted", "paused", "draft"})
+
+
+class OperatorError(FederationError):
+    """The server answered no, or not at all. ``status`` is the HTTP status, 0 without an answer."""
+
+    def __init__(self, message: str, status: int = 0, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class OperatorClient:
+    """A connection to one server.
+
+    Args:
+        url: such as ``http://127.0.0.1:8443``.
+        token: the operator's.
+        timeout: seconds for each call.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        # Loopback, or an address the operator gave: proxies of the environment have no part in it.
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=timeout,
+            trust_env=False,
+        )
+
+    @classmethod
+    def of_home(cls, home: Path) -> OperatorClient:
+        """For a server on this machine, by its home folder.
+
+        Raises:
+            OperatorError: the server isn't running, or its token file is gone.
+        """
+        try:
+            endpoints = json.loads((home / "endpoints.json").read_bytes())
+        except FileNotFoundError:
+            raise OperatorError(
+                f"no server is running in {home}: start it with: airpeft server --home {home}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise OperatorError(f"cannot read {home / 'endpoints.json'}: {error}") from error
+        try:
+            token = (home / "admin.token").read_text().strip()
+        except OSError as error:
+            raise OperatorError(
+                f"cannot read the operator's token {home / 'admin.token'}: {error.strerror};"
+                " give --url and --token-file instead"
+            ) from error
+        return cls(f"http://{endpoints['api']}", token)
+
+    def __enter__(self) -> OperatorClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def health(self) -> dict[str, Any]:
+        """``{"status": "serving", "trouble": ""}``."""
+        return self._call("GET", "/v1/health")
+
+    def make_token(
+        self,
+        *,
+        device_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        seconds: float = 24 * 3600.0,
+    ) -> dict[str, Any]:
+        """What a device needs to enrol: enrol, fleet, token, expires, authority_pem."""
+        body = {"device_id": device_id, "tags": dict(tags or {}), "seconds": seconds}
+        return self._call("POST", "/v1/enrolment-tokens", body)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """All devices, the revoked ones too."""
+        return list(self._call("GET", "/v1/devices")["devices"])
+
+    def fleet(self) -> dict[str, Any]:
+        """``{"devices": [...], "timestamp_version": newest}``."""
+        return self._call("GET", "/v1/devices")
+
+    def device(self, device_id: str) -> dict[str, Any]:
+        """One device with its newest reports."""
+        return self._call("GET", f"/v1/devices/{device_id}")
+
+    def revoke(self, device_id: str, why: str = "") -> dict[str, Any]:
+        """Never admit this device again."""
+        return self._call("POST", f"/v1/devices/{device_id}/revoke", {"why": why})
+
+    def adapters(self) -> tuple[int, bytes]:
+        """Version and bytes of the current adapters metadata, as ``release make`` needs them."""
+        answer = self._call("GET", "/v1/repository/adapters")
+        return int(answer["version"]), base64.b64decode(answer["metadata"])
+
+    def publish_release(self, metadata: bytes, payload: bytes) -> dict[str, Any]:
+        """Send a signed release; sending it again changes nothing."""
+        body = {
+            "metadata": base64.b64encode(metadata).decode(),
+            "payload": base64.b64encode(payload).decode(),
+        }
+        return self._call("POST", "/v1/releases", body)
+
+    def releases(self) -> list[dict[str, Any]]:
+        """Every release that the adapter keys vouch for."""
+        return self._list("/v1/releases")
+
+    def start_rollout(
+        self,
+        release: str,
+        waves: Sequence[str] = ("1", "100%"),
+        *,
+        policy: Mapping[str, float] | None = None,
+        why: str = "",
+        draft: bool = False,
+    ) -> dict[str, Any]:
+        """Start a rollout, or only draft it."""
+        body = {
+            "release": release,
+            "waves": list(waves),
+            "policy": dict(policy or {}),
+            "why": why,
+            "draft": draft,
+        }
+        return self._call("POST", "/v1/rollouts", body)
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        """All rollouts, newest first."""
+        return self._list("/v1/rollouts")
+
+    def rollout(self, rollout_id: str) -> dict[str, Any]:
+        """One rollout, with what each device said."""
+        return self._call("GET", f"/v1/rollouts/{rollout_id}")
+
+    def act(self, rollout_id: str, verb: str, why: str = "") -> dict[str, Any]:
+        """start, pause, resume, abort or rollback."""
+        return self._call("POST", f"/v1/rollouts/{rollout_id}/{verb}", {"why": why})
+
+    def watch(
+        self, rollout_id: str, pause: Callable[[], object], seen: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Follow a rollout until it rests.
+
+        Args:
+            rollout_id: which.
+            pause: called between two looks.
+            seen: called with the rollout whenever it changed.
+
+        Returns:
+            The rollout at rest: done, rolled_back, aborted, paused or draft.
+        """
+        last: dict[str, Any] = {}
+        while True:
+            now = self.rollout(rollout_id)
+            if now != last:
+                seen(now)
+                last = now
+            if now["state"] in FINAL:
+                return now
+            pause()
+
+    def audit(self, limit: int = 200) -> list[dict[str, Any]]:
+        """The newest audit lines, newest first."""
+        return self._list(f"/v1/audit?limit={limit}")
+
+    def metrics(self) -> str:
+        """The server's metrics in Prometheus' text format."""
+        return self._send("GET", "/metrics", None).text
+
+    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        return dict(self._send(method, path, body).json())
+
+    def _list(self, path: str) -> list[dict[str, Any]]:
+        return list(self._send("GET", path, None).json())
+
+    def _send(self, method: str, path: str, body: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise OperatorError(
+                f"no answer from {self.url}: {error or type(error).__name__}; is the server"
+                " running? start it with: airpeft server --home DIR"
+            ) from error
+        if answer.is_success:
+            return answer
+        raise _refusal(answer)
+
+
+def _refusal(answer: httpx.Response) -> OperatorError:
+    try:
+        document = answer.json()
+        error = document.get("error", {})
+        message, code = error.get("message", ""), str(error.get("code", ""))
+        if not message and "detail" in document:  # FastAPI's own check of a request body
+            parts = [f"{'.'.join(map(str, d['loc'][1:]))}: {d['msg']}" for d in document["detail"]]
+            message, code = "; ".join(parts), "invalid"
+    except (ValueError, AttributeError, TypeError, KeyError):
+        message, code = answer.text[:500], ""
+    return OperatorError(message or f"HTTP {answer.status_code}", answer.status_code, code)

@@ -1,0 +1,151 @@
+"""What a server makes at its first start, and finds again at every later one.
+
+Home folder::
+
+    fleet.sqlite      devices, reports, rollouts, audit       admin.token     the operator's token
+    authority/        certificate authority, TLS key          endpoints.json  while it runs
+    online-key/       signs rounds, snapshot, timestamp       ports.json      taken again next time
+    offline-keys/     root and adapter keys: move them away   server.lock     held while it runs
+    repository/       signed metadata and payloads
+
+Each thing appears as a whole or not at all, so that a first start which was killed is simply
+started again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from aggregation import durable
+from federation.errors import FederationError
+from federation.keys import (
+    ADAPTER_NAMES,
+    ONLINE_NAME,
+    ROOT_NAMES,
+    KeyFolder,
+    generate,
+)
+from federation.repository import Repository
+
+log = logging.getLogger("airpeft.federation.server")
+
+
+class ServerError(FederationError):
+    """The server cannot start; says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passphrases:
+    """Of the private key files; None where they are not encrypted."""
+
+    offline: str | None = None
+    online: str | None = None
+
+    def __repr__(self) -> str:  # they must not end up in a log
+        return "Passphrases(...)"
+
+
+def take_home(home: Path) -> IO[str]:
+    """Make the home folder and hold it for this process; keep the result.
+
+    Raises:
+        ServerError: not writable, or another server holds it.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        home.chmod(0o700)
+        lock = (home / "server.lock").open("a+")
+    except OSError as error:
+        raise ServerError(str(durable.storage_error(home, error))) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise ServerError(
+            f"another server (process {holder}) runs in {home}: stop it, or choose another --home"
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def open_repository(
+    home: Path, *, offline_keys: Path | None, passphrases: Passphrases, now: datetime
+) -> Repository:
+    """The signed repository with its online key; made at the first start.
+
+    Args:
+        home: the server's home.
+        offline_keys: root and adapter keys made before (``airpeft keys init``); None makes them in
+            ``<home>/offline-keys``. They are read at the first start only.
+        passphrases: of the key files.
+        now: with a zone.
+
+    Raises:
+        ServerError: the given folder lacks a key.
+        FederationError: a key or the repository cannot be read or made.
+        StorageError: the disk refused.
+    """
+    online = _keys(home / "online-key", (ONLINE_NAME,), passphrases.online)
+    signer = online.signer(ONLINE_NAME, passphrases.online)
+    folder = home / "repository"
+    if (folder / "metadata" / "timestamp.json").exists():
+        return Repository(folder, signer)
+    names = (*ROOT_NAMES, *ADAPTER_NAMES)
+    if offline_keys is None:
+        offline = _keys(home / "offline-keys", names, passphrases.offline)
+        log.warning(
+            "the offline keys were made in %s: move this folder to a machine without network;"
+            " the server never needs it again",
+            offline.path,
+        )
+    else:
+        offline = KeyFolder(offline_keys)
+        missing = sorted(set(names) - set(offline.names()))
+        if missing:
+            raise ServerError(
+                f"{offline_keys} lacks {', '.join(missing)}: make keys with: airpeft keys init"
+            )
+    return Repository.create(
+        folder,
+        root_keys=offline.signers("root-", passphrases.offline),
+        adapter_keys=offline.signers("adapters-", passphrases.offline),
+        online=signer,
+        now=now,
+    )
+
+
+def last_ports(home: Path) -> dict[str, int]:
+    """The ports of the last start, so that devices find a server that was started again."""
+    try:
+        ports = json.loads((home / "ports.json").read_bytes())
+        return {name: int(port) for name, port in ports.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keys(folder: Path, names: Iterable[str], passphrase: str | None) -> KeyFolder:
+    if not folder.exists():
+        # Keys are never overwritten, so a folder of half a set must never be seen.
+        partial = folder.with_name(folder.name + durable.PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        generate(partial, names, passphrase=passphrase)
+        try:
+            partial.replace(folder)
+            durable.sync_folder(folder.parent)
+        except OSError as error:
+            raise durable.storage_error(folder, error) from error
+    return KeyFolder(folder)

@@ -1,0 +1,132 @@
+"""What the commands of the server's side share: options, output, errors.
+
+Tables are for people, a versioned envelope is for programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aggregation.errors import AggregationError
+from federation.errors import FederationError
+from protos.errors import WireError
+
+if TYPE_CHECKING:
+    from federation.client import OperatorClient
+
+BAD_INPUT = 2
+
+
+class Format(StrEnum):
+    """What a command prints."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Home = Annotated[
+    Path, typer.Option(help="Home folder of the server.", envvar="AIRPEFT_SERVER_HOME")
+]
+Url = Annotated[
+    str | None,
+    typer.Option(help="The server's interface, if not by --home.", envvar="AIRPEFT_SERVER_URL"),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="Operator's token, with --url.", envvar="AIRPEFT_OPERATOR_TOKEN_FILE"),
+]
+AsFormat = Annotated[Format, typer.Option("--format", help="Table for people, JSON for programs.")]
+Why = Annotated[str, typer.Option(help="Your words for the audit log.")]
+HERE = Path("fleet-server")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Our errors as one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except (FederationError, WireError, AggregationError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+@contextmanager
+def call_operator(home: Path, url: str | None, token_file: Path | None) -> Iterator[OperatorClient]:
+    """A connection to the server: by its address and a token, or by its home folder.
+
+    Raises:
+        FederationError: an address without a token, or a server that isn't there.
+    """
+    from federation.client import OperatorClient
+
+    if url is None:
+        client = OperatorClient.of_home(home)
+    elif token_file is None:
+        raise FederationError("--url needs --token-file as well")
+    else:
+        try:
+            client = OperatorClient(url, token_file.read_text().strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise FederationError(f"cannot read {token_file}: {error}") from error
+    with client:
+        yield client
+
+
+def show(kind: str, data: Any, format: Format, table: Callable[[], None]) -> None:  # noqa: A002
+    """Print ``{"schema": "airpeft.v1.<kind>", "data": ...}``, or the table."""
+    if format is Format.JSON:
+        typer.echo(json.dumps({"schema": f"airpeft.v1.{kind}", "data": data}, indent=2))
+    else:
+        table()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+    """A table on stdout; where there is no row, a line that says what to do."""
+    if not rows:
+        typer.echo(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    colour = "NO_COLOR" not in os.environ and terminal
+    Console(no_color=not colour, width=None if terminal else 200, highlight=False).print(table)
+
+
+def ago(moment: float | None, now: float) -> str:
+    """How long ago, for people.
+
+    >>> ago(0.0, 90.0), ago(None, 0.0), ago(0.0, 7200.0)
+    ('90 s ago', 'never', '2 h ago')
+    """
+    if moment is None:
+        return "never"
+    seconds = max(0.0, now - moment)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def at(moment: float) -> str:
+    """A time in UTC.
+
+    >>> at(0.0)
+    '1970-01-01 00:00:00Z'
+    """
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

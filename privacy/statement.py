@@ -1,0 +1,169 @@
+"""The privacy statement of an adapter: what was promised, how it was counted, what it leaves out.
+
+    >>> from privacy.budget import LocalPrivacy
+    >>> event = SgdEvent(noise_multiplier=1.1, sample_rate=0.1, steps=20, max_grad_norm=1.0)
+    >>> doc = statement({"ann": [event]}, LocalPrivacy(epsilon=8.0, delta=1e-5), randomness="test")
+    >>> doc["example"]["unit"], doc["client"]
+    ('example', None)
+    >>> explain(doc).splitlines()[0]
+    'One example: epsilon 2.86 at delta 1e-05.'
+
+``statement`` makes the document that travels with an adapter as privacy.json; ``explain`` says it
+in sentences. Epsilon is recomputed here from the events themselves, never copied from a report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from privacy import calibration
+from privacy.budget import LocalPrivacy
+from privacy.errors import PrivacyError
+from privacy.events import SgdEvent
+
+SCHEMA = 1
+FILE = "privacy.json"
+
+NOT_COVERED = (
+    "how many examples each client has (it is the client's weight and sets its sampling rate)",
+    "which clients took part, when, and how long they took",
+    "accuracy and loss that clients or the server measured in the clear",
+    "the choice of settings, if it was tried out on the same data",
+    "a person with several examples: k examples of one person have k times this epsilon",
+    "the same example held by two clients",
+)
+
+
+class StatementError(PrivacyError):
+    """A document that is not a privacy statement of ours."""
+
+
+def statement(
+    events: Mapping[str, Iterable[SgdEvent]],
+    privacy: LocalPrivacy | None,
+    *,
+    randomness: str,
+    rounds: int | None = None,
+) -> dict[str, Any]:
+    """The statement of one adapter.
+
+    Args:
+        events: for each client that took part, everything it ever spent on this adapter's line of
+            training (from ``Ledger.table``).
+        privacy: the run's settings; None if it trained without privacy.
+        randomness: where noise and sampling came from, in words (``ResidentTrainer.randomness``).
+        rounds: how many rounds were trained, for the record.
+
+    Returns:
+        plain values that JSON can hold; ``example`` and ``client`` are None where nothing is
+        promised at that level. Numbers of single clients are not in it.
+    """
+    doc: dict[str, Any] = {"schema": SCHEMA, "example": None, "client": None}
+    if privacy is None:
+        return doc
+    spent = {client: list(own) for client, own in events.items()}
+    every = [event for own in spent.values() for event in own]
+    epsilons = sorted(
+        calibration.epsilon(own, privacy.delta, privacy.accountant) for own in spent.values()
+    )
+    worst = epsilons[-1] if epsilons else 0.0
+    doc["example"] = {
+        "unit": "example",
+        "neighbours": "one example of one client added or removed",
+        # JSON has no infinity; without noise there is no number to state.
+        "epsilon": worst if math.isfinite(worst) else None,
+        "epsilon_median": epsilons[len(epsilons) // 2]
+        if math.isfinite(worst) and epsilons
+        else None,
+        "delta": privacy.delta,
+        "budget": privacy.epsilon,
+        "clients": len(spent),
+        "composition": "clients hold different examples, so the largest epsilon holds for each",
+        "protects_against": "the server, the other clients, and everyone who gets the adapter",
+        "mechanism": {
+            "name": "DP-SGD on the adapter's parameters, on the client, before anything is sent",
+            "clip": "gradient of each example, Euclidean norm",
+            "max_grad_norm": privacy.max_grad_norm,
+            "noise_multiplier": _range(e.noise_multiplier for e in every),
+            "sample_rate": _range(e.sample_rate for e in every),
+            "steps": _range(sum(e.steps for e in own) for own in spent.values()),
+            "rounds": rounds,
+            "sampling": "Poisson: every example drawn on its own at every step, empty batches too",
+            "randomness": randomness,
+        },
+        "accountant": {
+            "name": privacy.accountant.value,
+            "library": f"dp-accounting {version('dp-accounting')}",
+        },
+        "not_covered": list(NOT_COVERED),
+        "limits": "noise is added in floating point, as sums of four, rounded once",
+    }
+    return doc
+
+
+def explain(doc: Mapping[str, Any]) -> str:
+    """A statement in plain sentences, for somebody who decides about data and not about code.
+
+    Raises:
+        StatementError: if the document is not a statement, or of another version.
+    """
+    if doc.get("schema") != SCHEMA or "example" not in doc or "client" not in doc:
+        raise StatementError(f"not a privacy statement of schema {SCHEMA}")
+    example = doc["example"]
+    if example is None:
+        return (
+            "This adapter was trained without differential privacy.\n"
+            "It may reveal examples that it was trained on. The examples themselves never left "
+            "the devices that hold them, but what was computed from them did, unprotected."
+        )
+    try:
+        return "\n".join(_sentences(example))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StatementError(f"the privacy statement lacks a field: {error!r}") from None
+
+
+def _sentences(example: Mapping[str, Any]) -> list[str]:
+    mechanism, accountant = example["mechanism"], example["accountant"]
+    delta = f"{example['delta']:g}"
+    if example["epsilon"] is None:
+        return [
+            "No privacy is promised: some training steps added no noise, so epsilon has no bound.",
+            f"Randomness: {mechanism['randomness']}.",
+        ]
+    epsilon = float(example["epsilon"])
+    factor = math.exp(epsilon)
+    odds = f"{factor:.2g}" if factor < 100 else f"{factor:,.0f}"
+    return [
+        f"One example: epsilon {epsilon:.2f} at delta {delta}.",
+        f"What it means: whoever sees the adapter, and everything the clients sent for it, can "
+        f"change their odds on whether one given example was used by a factor of at most {odds}, "
+        f"except with a probability of about {delta}.",
+        f"It protects against {example['protects_against']}; nobody has to be trusted for it but "
+        "the device that holds the example.",
+        f"It holds for each of the {example['clients']} clients: {example['epsilon']:.2f} is the "
+        f"largest of them, {example['epsilon_median']:.2f} the median.",
+        f"How: {mechanism['name']}. Each example's gradient is limited to length "
+        f"{mechanism['max_grad_norm']:g}, and noise of {_words(mechanism['noise_multiplier'])} "
+        f"times that is added at each of {_words(mechanism['steps'])} steps; each step looks at "
+        f"{_words(mechanism['sample_rate'], percent=True)} of a client's examples, drawn at random.",
+        f"Neighbouring data: {example['neighbours']}. Counted by {accountant['name'].upper()} "
+        f"({accountant['library']}).",
+        f"Randomness: {mechanism['randomness']}.",
+        "Not covered: " + "; ".join(example["not_covered"]) + ".",
+    ]
+
+
+def _range(values: Iterable[float]) -> list[float]:
+    found = sorted(values)
+    return [found[0], found[-1]] if found else [0, 0]
+
+
+def _words(pair: Sequence[float], *, percent: bool = False) -> str:
+    def one(value: float) -> str:
+        return f"{100 * value:.3g} %" if percent else f"{value:.3g}"
+
+    low, high = pair
+    return one(low) if low == high else f"{one(low)} to {one(high)}"

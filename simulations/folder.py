@@ -1,0 +1,290 @@
+"""The run folder: everything that a run reads and leaves, in one place.
+
+::
+
+    scenario.resolved.toml   the scenario, every default written out
+    partitions/              client-00000.jsonl ..., heldout.jsonl, partition.json
+    ledger.sqlite            what each simulated client has spent
+    checkpoints/             one folder for each round
+    metrics.jsonl            one line for each round
+    adapter/                 the adapter in PEFT's layout, model card, privacy.json
+    curves.png, report.html
+
+The same command on the same folder goes on with an interrupted run; a folder that holds another
+run, or something else, is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aggregation import durable
+from aggregation.adapter import Adapter
+from aggregation.errors import AggregationError
+from aggregation.init import initial_adapter
+from clients.data import Examples
+from clients.errors import ClientError
+from clients.model import BaseRef, adapter_spec, find_base
+from clients.training import TrainingPlan
+from federation.checkpoint import Checkpoints
+from federation.rounds import RoundsConfig
+from privacy.budget import LocalPrivacy
+from privacy.errors import PrivacyError
+from simulations import datasets, partition
+from simulations.errors import SimulationError
+from simulations.events import Prepared
+from simulations.scenario import Scenario, ScenarioError, load
+
+RESOLVED = "scenario.resolved.toml"
+PARTITIONS = "partitions"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+ADAPTER = "adapter"
+CURVES = "curves.png"
+REPORT = "report.html"
+LEDGER = "ledger.sqlite"
+LOCK = ".lock"
+
+
+class RunError(SimulationError):
+    """A run folder that is another run's, in use, or not writable."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to start.
+
+    Attributes:
+        scenario: what it is.
+        out: the run folder, absolute.
+        base: the base model.
+        initial: the adapter that training starts from.
+        config: how the rounds go.
+        privacy: the clients' privacy, or None.
+        heldout: rows to measure on.
+        summary: rows of each class by client, see ``simulations.datasets.summary``.
+        done: rounds that an earlier process did.
+    """
+
+    scenario: Scenario
+    out: Path
+    base: BaseRef
+    initial: Adapter
+    config: RoundsConfig
+    privacy: LocalPrivacy | None
+    heldout: Examples = field(repr=False)
+    summary: dict[str, Any] = field(repr=False)
+    done: int = 0
+
+    @property
+    def clients(self) -> int:
+        """How many clients there are."""
+        return self.scenario.partition.clients
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where rounds are made durable."""
+        return self.out / CHECKPOINTS
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger that the simulated clients share."""
+        return self.out / LEDGER
+
+    def event(self) -> Prepared:
+        """What is told when everything is ready."""
+        return Prepared(
+            run=self.config.run,
+            out=self.out,
+            clients={name: tuple(rows) for name, rows in self.summary["clients"].items()},
+            labels=tuple(self.summary["labels"]),
+            heldout=len(self.heldout),
+            rounds=self.config.rounds,
+            done=self.done,
+            parameters=self.initial.spec.size,
+        )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[Path]:
+    """Hold a run folder for this process; made if it is missing.
+
+    Yields:
+        its absolute path.
+
+    Raises:
+        RunError: if it can't be made, or another process holds it.
+    """
+    out = out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(str(durable.storage_error(out, error))) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{out}: another process is working on this run: wait for it, or choose another "
+                "folder"
+            ) from None
+        yield out
+    finally:
+        os.close(descriptor)
+
+
+def prepare(scenario: Scenario, out: Path) -> Run:
+    """Lay out the run folder, or check that it holds this very run.
+
+    Args:
+        scenario: what to run.
+        out: the run folder; hold it with :func:`locked`.
+
+    Raises:
+        RunError: if the folder holds something else.
+        SimulationError: if the base, the data or the privacy settings are not usable.
+        StorageError: if the disk is full.
+    """
+    out = out.resolve()
+    _claim(scenario, out)
+    dataset = _dataset(scenario)
+    try:
+        base = find_base(scenario.base.name)
+        spec = adapter_spec(
+            base,
+            dataset.examples.label_names,
+            scenario.train.rank,
+            scenario.train.alpha,
+            scenario.train.targets,
+            tuple(range(max(0, base.layers - scenario.train.layers), base.layers)),
+            scenario.train.rslora,
+        )
+        plan = _plan(scenario)
+        privacy = _privacy(scenario)
+    except (ClientError, PrivacyError, AggregationError) as error:
+        raise ScenarioError(f"scenario {scenario.name}: {error}") from error
+    folder = out / PARTITIONS
+    if not (folder / datasets.SUMMARY).is_file():
+        datasets.materialise(folder, dataset, _split(scenario, dataset))
+    summary = json.loads((folder / datasets.SUMMARY).read_text("utf-8"))
+    config = _config(scenario, plan, privacy, folder)
+    found = Checkpoints(out / CHECKPOINTS, config.run).latest()
+    return Run(
+        scenario=scenario,
+        out=out,
+        base=base,
+        initial=initial_adapter(spec, scenario.seed),
+        config=config,
+        privacy=privacy,
+        heldout=datasets.read(folder / datasets.HELDOUT, summary["labels"]),
+        summary=summary,
+        done=found[0][-1].number if found else 0,
+    )
+
+
+def _claim(scenario: Scenario, out: Path) -> None:
+    """Write the resolved scenario, or check that the one that is there is the same."""
+    path = out / RESOLVED
+    if path.is_file():
+        try:
+            there = load(path)
+        except ScenarioError as error:
+            raise RunError(f"{out}: {error}: choose another folder") from error
+        if there.digest != scenario.digest:
+            raise RunError(
+                f"{out} holds the run {there.run}, this one is {scenario.run}: choose another "
+                "folder, or remove that one"
+            )
+        return
+    strangers = sorted(p.name for p in out.iterdir() if p.name != LOCK)
+    if strangers:
+        raise RunError(
+            f"{out} is not empty and holds no run ({strangers[0]} is in it): choose another folder"
+        )
+    durable.write_bytes(path, scenario.to_toml().encode())
+
+
+def _dataset(scenario: Scenario) -> datasets.Dataset:
+    data = scenario.data
+    return datasets.load(
+        data.dataset,
+        path=Path(data.path) if data.path else None,
+        text=data.text,
+        label=data.label,
+        label_names=data.labels or None,
+    )
+
+
+def _split(scenario: Scenario, dataset: datasets.Dataset) -> partition.Split:
+    part = scenario.partition
+    schemes: dict[str, Any] = {
+        "iid": partition.Iid,
+        "dirichlet": lambda: partition.Dirichlet(part.alpha),
+        "pathological": lambda: partition.Pathological(part.classes),
+        "size-skewed": lambda: partition.SizeSkewed(part.exponent),
+        "natural": lambda: partition.Natural(
+            datasets.column(dataset, part.column, text=scenario.data.text)
+        ),
+    }
+    return partition.make_split(
+        np.asarray(dataset.labels),
+        schemes[part.scheme](),
+        clients=part.clients,
+        heldout=scenario.data.heldout,
+        minimum=part.min_examples,
+        seed=scenario.seed,
+        limit=scenario.data.rows,
+    )
+
+
+def _plan(scenario: Scenario) -> TrainingPlan:
+    train = scenario.train
+    return TrainingPlan(
+        learning_rate=train.learning_rate,
+        head_learning_rate=train.head_learning_rate,
+        epochs=train.epochs,
+        steps=train.steps,
+        batch_size=train.batch_size,
+        sample_rate=train.sample_rate,
+        optimizer=train.optimizer,
+        max_length=train.max_length,
+    )
+
+
+def _privacy(scenario: Scenario) -> LocalPrivacy | None:
+    if scenario.privacy is None:
+        return None
+    return LocalPrivacy.from_mapping(
+        {**scenario.privacy.model_dump(exclude_none=True), "rounds": scenario.federation.rounds}
+    )
+
+
+def _config(
+    scenario: Scenario, plan: TrainingPlan, privacy: LocalPrivacy | None, data_folder: Path
+) -> RoundsConfig:
+    federation = scenario.federation
+    return RoundsConfig(
+        run=scenario.run,
+        rounds=federation.rounds,
+        base=scenario.base.name,
+        plan=plan.to_mapping(),
+        privacy=privacy.to_mapping() if privacy else None,
+        recipe=federation.recipe,
+        sampling=federation.sampling,
+        fraction=federation.fraction,
+        clients=scenario.partition.clients,
+        min_updates=federation.min_updates,
+        deadline_seconds=federation.deadline_seconds,
+        seed=scenario.seed,
+        data_folder=str(data_folder),
+    )
