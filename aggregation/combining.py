@@ -43,7 +43,6 @@ class Reduction:
         self._recipe = recipe
         self._state = state
         self._starts = {state.adapter.digest: state.adapter, **(starts or {})}
-        self._specs = {state.adapter.spec}
         self._sum = recipe.reduce.accumulator(state.adapter.spec, measure=measure)
         self._seen: set[tuple[str, int, str]] = set()
         self._refused: dict[str, str] = {}
@@ -150,10 +149,10 @@ class Reduction:
 
     def _start(self, digest: str, spec: AdapterSpec) -> Adapter | None:
         """A known start, or what this round hands out to clients with this specification."""
-        if digest not in self._starts and spec not in self._specs:
+        if digest not in self._starts and spec != self._state.adapter.spec:
             handed = self._recipe.hand_out(self._state, spec)
-            self._starts[handed.digest] = handed
-            self._specs.add(spec)
+            if handed.digest == digest:  # kept only if it is one: a liar must not fill the memory
+                self._starts[digest] = handed
         return self._starts.get(digest)
 
 

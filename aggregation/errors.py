@@ -3,7 +3,7 @@
 The tree (each leaf stands beside the noun that raises it)::
 
     AggregationError
-    ├── SpecError         aggregation.spec         a specification contradicts itself
+    ├── SpecError         aggregation.module_spec  a specification contradicts itself
     ├── AdapterError      aggregation.adapter      tensors that do not fit their specification
     │   └── LayoutError   aggregation.peft_layout  a folder that is not a readable PEFT adapter
     ├── TensorFileError   aggregation.tensor_file  bytes that are not acceptable safetensors

@@ -19,8 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from aggregation.durable import write_bytes
 from clients.errors import ClientError
+from protos.errors import WireError
 from protos.generated import fleet_pb2
 from protos.messages import (
     DeviceEvent,
@@ -128,7 +131,7 @@ class ReportQueue:
             paths = self._paths()[:batch]
             if not paths:
                 return confirmed
-            signed = [item for item in map(_read, paths) if item is not None]
+            signed = [item for item in map(self._read, paths) if item is not None]
             try:
                 through = send(signed) if signed else _number(paths[-1])
             except BatchRefused as error:
@@ -170,6 +173,16 @@ class ReportQueue:
     def _paths(self) -> list[Path]:
         return sorted(self._folder.glob(f"[0-9]*{SUFFIX}"))
 
+    def _read(self, path: Path) -> SignedReport | None:
+        """A report from disk; None if it is damaged, or of a name that this device had before."""
+        try:
+            signed: SignedReport = from_wire(fleet_pb2.SignedReport.FromString(path.read_bytes()))
+            name = decode_report(signed.body).device_id
+        except (WireError, DecodeError, OSError) as error:
+            log.error("%s cannot be read (%s): it is not sent", path, error)
+            return None
+        return signed if name == self._device_id else None
+
     def _read_through(self) -> int:
         path = self._folder / "acked.json"
         if not path.exists():
@@ -185,13 +198,3 @@ class ReportQueue:
 
 def _number(path: Path) -> int:
     return int(path.name.partition("-")[0])
-
-
-def _read(path: Path) -> SignedReport | None:
-    try:
-        message = fleet_pb2.SignedReport.FromString(path.read_bytes())
-        signed: SignedReport = from_wire(message)
-    except Exception as error:
-        log.error("%s cannot be read (%s): it is not sent", path, error)
-        return None
-    return signed

@@ -47,6 +47,7 @@ __all__ = [
     "SSlibKey",
     "Signer",
     "generate",
+    "is_encrypted",
     "key_name",
     "load_signer",
     "read_public",
@@ -160,7 +161,7 @@ def load_signer(path: Path, passphrase: str | None = None) -> CryptoSigner:
         pem = path.read_bytes()
     except OSError as error:
         raise KeyFileError(f"cannot read the private key {path}: {error.strerror}") from error
-    encrypted = b"ENCRYPTED" in pem.split(b"\n", 1)[0]
+    encrypted = _is_encrypted(pem)
     if encrypted and not passphrase:
         raise KeyFileError(f"{path} is encrypted: give its passphrase")
     secret = passphrase.encode() if encrypted and passphrase else None
@@ -176,6 +177,18 @@ def load_signer(path: Path, passphrase: str | None = None) -> CryptoSigner:
         return CryptoSigner(private, public)
     except Exception as error:
         raise KeyFileError(f"{path} does not belong to the .pub.json beside it: {error}") from None
+
+
+def is_encrypted(path: Path) -> bool:
+    """Whether a private key file needs a passphrase.
+
+    Raises:
+        KeyFileError: no such file.
+    """
+    try:
+        return _is_encrypted(path.read_bytes())
+    except OSError as error:
+        raise KeyFileError(f"cannot read the private key {path}: {error.strerror}") from error
 
 
 def read_public(path: Path) -> SSlibKey:
@@ -202,6 +215,10 @@ def key_name(key: object) -> str:
     if isinstance(name, str) and _NAME.match(name):
         return name
     return str(getattr(key, "keyid", "?"))[:12]
+
+
+def _is_encrypted(pem: bytes) -> bool:
+    return b"ENCRYPTED" in pem.split(b"\n", 1)[0]
 
 
 def _generate_one(folder: Path, name: str, scheme: str, passphrase: str | None) -> None:

@@ -6,7 +6,7 @@
     >>> doc["example"]["unit"], doc["client"]
     ('example', None)
     >>> explain(doc).splitlines()[0]
-    'One example: epsilon 2.86 at delta 1e-05.'
+    'One example: epsilon 3.51 at delta 1e-05.'
 
 ``statement`` makes the document that travels with an adapter as privacy.json; ``explain`` says it
 in sentences. Epsilon is recomputed here from the events themselves, never copied from a report.
@@ -148,7 +148,8 @@ def _sentences(example: Mapping[str, Any]) -> list[str]:
         f"How: {mechanism['name']}. Each example's gradient is limited to length "
         f"{mechanism['max_grad_norm']:g}, and noise of {_words(mechanism['noise_multiplier'])} "
         f"times that is added at each of {_words(mechanism['steps'])} steps; each step looks at "
-        f"{_words(mechanism['sample_rate'], percent=True)} of a client's examples, drawn at random.",
+        f"{_words(mechanism['sample_rate'], percent=True)} of a client's examples, drawn at "
+        "random.",
         f"Neighbouring data: {example['neighbours']}. Counted by {accountant['name'].upper()} "
         f"({accountant['library']}).",
         f"Randomness: {mechanism['randomness']}.",

@@ -24,8 +24,10 @@ def draw(lines: Sequence[Mapping[str, Any]], budget: float | None = None) -> byt
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 6.2), dpi=150, facecolor="white", layout="constrained")
+    spaced = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
+    figure = Figure(figsize=(11, 6.2), dpi=150, facecolor="white", layout=spaced)
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2)
     rounds = [line["round"] for line in lines]

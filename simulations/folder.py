@@ -36,9 +36,10 @@ from clients.errors import ClientError
 from clients.model import BaseRef, adapter_spec, find_base
 from clients.training import TrainingPlan
 from federation.checkpoint import Checkpoints
-from federation.rounds import RoundsConfig
+from federation.rounds import Round, RoundsConfig
 from privacy.budget import LocalPrivacy
 from privacy.errors import PrivacyError
+from privacy.randomness import SEEDED
 from simulations import datasets, partition
 from simulations.errors import SimulationError
 from simulations.events import Prepared
@@ -53,6 +54,7 @@ CURVES = "curves.png"
 REPORT = "report.html"
 LEDGER = "ledger.sqlite"
 LOCK = ".lock"
+SIMULATED = SEEDED  # how simulated clients draw their noise, for the privacy statement
 
 
 class RunError(SimulationError):
@@ -190,6 +192,12 @@ def prepare(scenario: Scenario, out: Path) -> Run:
         summary=summary,
         done=found[0][-1].number if found else 0,
     )
+
+
+def done_rounds(run: Run) -> list[Round]:
+    """The records of the rounds that an earlier process did."""
+    found = Checkpoints(run.checkpoints, run.config.run).latest()
+    return found[0] if found else []
 
 
 def _claim(scenario: Scenario, out: Path) -> None:

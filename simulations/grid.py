@@ -39,6 +39,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from simulations.errors import SimulationError
 
 FIRST_NODE = 1 << 20
+GRACE_SECONDS = 10.0
 REQUESTS_PER_LANE = 3  # one at work, and enough behind it that it never waits
 
 _log = logging.getLogger("airpeft.simulations.grid")
@@ -84,9 +85,11 @@ class _Lane:
     _jobs: queue.SimpleQueue[tuple[Future[Message], Message] | None] = field(
         default_factory=queue.SimpleQueue
     )
+    _closed: bool = False
 
     def __post_init__(self) -> None:
-        threading.Thread(target=self._work, name="airpeft-lane", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="airpeft-lane", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Message) -> Future[Message]:
         self.worker.ensure()
@@ -94,12 +97,18 @@ class _Lane:
         self._jobs.put((future, request))
         return future
 
-    def close(self) -> None:
+    def close(self, seconds: float = 0.0) -> None:
+        """Do nothing more; wait so long for the client that is at work."""
+        self._closed = True
         self._jobs.put(None)
+        if seconds:
+            self._thread.join(seconds)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             future, request = job
+            if self._closed:
+                future.cancel()
             if future.set_running_or_notify_cancel():
                 future.set_result(self.handle(request, self.worker.node_config()))
 
@@ -158,9 +167,13 @@ class LocalGrid(Grid):  # type: ignore[misc]  # flwr is untyped here
         self.close()
 
     def close(self) -> None:
-        """Let the lanes end; workers belong to whoever made them."""
+        """Let the lanes end; workers belong to whoever made them.
+
+        A client that trains in this very process is given a moment to finish: an interpreter
+        that ends under a thread inside a matrix product may crash.
+        """
         for lane in self._lanes:
-            lane.close()
+            lane.close(GRACE_SECONDS if isinstance(lane.worker, InProcess) else 0.0)
 
     def set_run(self, run: Run) -> None:
         """Set the run."""

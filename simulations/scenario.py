@@ -206,11 +206,12 @@ class Scenario(_Section):
     def digest(self) -> str:
         """Hex SHA-256 over every value: equal digests, equal results.
 
-        Of the path of the data only the file's name counts, so that a run gives the same on
+        Of the paths of data and base only the last part counts, so that a run gives the same on
         another machine: the name of the run enters its randomness.
         """
         document = self.model_dump(mode="json")
         document["data"]["path"] = Path(self.data.path).name
+        document["base"]["name"] = Path(self.base.name).name
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     @property

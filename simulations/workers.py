@@ -11,13 +11,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clients.errors import ClientError
 from clients.trainer_process import TrainerClient
 from simulations.grid import GridError
+
+if TYPE_CHECKING:
+    from aggregation.adapter import Adapter
+    from aggregation.update import Update
+    from clients.data import DataSource, Examples
+    from clients.faults import JobFailure
+    from clients.trainer import Evaluation
+    from clients.training import ClientJob
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 5.0
@@ -54,6 +63,7 @@ class TrainerWorker:
     def start(self) -> None:
         """Start the process; :meth:`ensure` waits until it is ready."""
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.socket.unlink(missing_ok=True)  # of a process that was killed
         with self._log_file.open("ab") as output:
             self._process = subprocess.Popen(
                 self._command,
@@ -103,6 +113,26 @@ class TrainerWorker:
             process.kill()
             process.wait()
         self.socket.unlink(missing_ok=True)
+
+
+class WorkerTrainer:
+    """A ``Trainer`` that has its work done by a worker, which is started anew if it has died."""
+
+    def __init__(self, worker: TrainerWorker) -> None:
+        self._worker = worker
+        self._client = TrainerClient(worker.socket)
+
+    def train(self, jobs: Sequence[ClientJob]) -> list[Update | JobFailure]:
+        """Train jobs there."""
+        self._worker.ensure()
+        return self._client.train(jobs)
+
+    def evaluate(
+        self, adapter: Adapter, data: Examples | DataSource, *, max_length: int = 32
+    ) -> Evaluation:
+        """Measure an adapter there."""
+        self._worker.ensure()
+        return self._client.evaluate(adapter, data, max_length=max_length)
 
 
 @contextmanager

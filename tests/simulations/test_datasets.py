@@ -78,7 +78,11 @@ def test_clients_get_files_that_a_real_client_could_have(mine: Path, tmp_path: P
     folder = tmp_path / "partitions"
     materialise(folder, data, split)
     names = sorted(p.name for p in folder.iterdir())
-    assert names == [*(f"client-{i:05d}.jsonl" for i in range(4)), "heldout.jsonl", "partition.json"]
+    assert names == [
+        *(f"client-{i:05d}.jsonl" for i in range(4)),
+        "heldout.jsonl",
+        "partition.json",
+    ]
     texts = [
         json.loads(line)["text"]
         for path in folder.glob("*.jsonl")

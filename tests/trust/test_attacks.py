@@ -246,7 +246,7 @@ def test_stolen_online_key_orders_an_old_release_below_the_floor(
 def test_the_floor_stays_when_its_release_is_no_longer_listed(
     publisher: Publisher, device: Device
 ) -> None:
-    one = publisher.release(1)
+    one = publisher.release(1, floor=1)
     publisher.release(2, floor=2)
     device.accept()
     assert device.trust.state.floors == {"stable": 2}

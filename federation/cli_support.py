@@ -1,0 +1,110 @@
+"""What the commands about keys and releases share: output, errors, passphrases.
+
+Exit codes: 0 done; 1 refused or failed; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PASSPHRASE_VARIABLE = "AIRPEFT_KEY_PASSPHRASE"  # noqa: S105  # the variable's name
+
+
+class Format(StrEnum):
+    """How a result is shown."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="table for people, json for programs.")
+]
+PassphraseFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        help=f"File with the passphrase; else ${PASSPHRASE_VARIABLE}, else a prompt.",
+    ),
+]
+
+
+def show_json(thing: str, data: Any) -> None:
+    """One versioned envelope on standard output."""
+    typer.echo(json.dumps({"schema": f"airpeft.v1.{thing}", "data": data}, indent=2))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A plain table; whole, however narrow the terminal."""
+    if not rows:
+        typer.echo("nothing yet")
+        return
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+    for row in [list(columns), *texts]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def show_fields(fields: Mapping[str, Any]) -> None:
+    """Names and values, one a line."""
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        typer.echo(f"{name.ljust(width)}  {value}")
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn the errors of this product into one line and an exit code."""
+    from aggregation.errors import AggregationError
+    from federation.client import OperatorError
+    from federation.errors import FederationError
+    from federation.published import PublishError
+    from protos.errors import WireError
+
+    try:
+        yield
+    except (PublishError, OperatorError) as error:
+        fail(str(error), 1)
+    except (FederationError, AggregationError, WireError) as error:
+        fail(str(error), 2)
+    except OSError as error:
+        fail(f"{error.filename or ''}: {error.strerror}", 2)
+
+
+def fail(message: str, code: int) -> None:
+    """Say why on standard error, and end.
+
+    Raises:
+        typer.Exit: always.
+    """
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def passphrase(file: Path | None, *, what: str, confirm: bool = False) -> str:
+    """A passphrase from a file, from the environment, or from a prompt; never from an argument.
+
+    Raises:
+        typer.Exit: there is none, and nobody to ask.
+    """
+    if file is not None:
+        given = file.read_text().partition("\n")[0].rstrip("\r")
+    elif PASSPHRASE_VARIABLE in os.environ:
+        given = os.environ[PASSPHRASE_VARIABLE]
+    elif sys.stdin.isatty():
+        given = typer.prompt(f"Passphrase for {what}", hide_input=True, confirmation_prompt=confirm)
+    else:
+        fail(f"{what} needs a passphrase: --passphrase-file FILE, or ${PASSPHRASE_VARIABLE}", 2)
+    if not given:
+        fail(f"the passphrase for {what} is empty", 2)
+    return str(given)

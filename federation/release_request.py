@@ -1,0 +1,235 @@
+"""The request for a release: what is carried from the adapter to the keys.
+
+request/
+request.json        what this is about, for people and for the later steps
+adapters.json       the metadata to be signed
+previous.json       the current metadata, so that a signer can see that nothing else changes
+payload.airpeft     the bytes that devices will fetch
+signatures/         one file for each key: <keyid>.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tuf.api.metadata import Metadata
+
+from aggregation import durable, payload, peft_layout
+from federation import roles
+from federation.errors import FederationError
+from federation.provenance import read_provenance
+from federation.published import ReleaseRecord, RepositoryError, parse_metadata, read_releases
+from protos.signed import Evaluation, Lineage, ReleaseStatement, StatementError, check_channel
+
+SCHEMA = 1
+REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
+PAYLOAD, SIGNATURES = "payload.airpeft", "signatures"
+LIVE_RELEASES = 50
+"""Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
+
+
+class ReleaseError(FederationError):
+    """A request that can't be made, or must not be signed or published as it is; says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseOptions:
+    """What a person decides about a release; the rest is read from the adapter's folder.
+
+    Attributes:
+        channel: the line of releases it continues.
+        dtype: of the payload: ``bf16``, ``f32`` or ``int8``.
+        floor: from now on no device installs a lower counter; None keeps the channel's floor.
+        runtime: kinds of inference engine that can serve it.
+        notes: for people.
+        base_digest: needed for a folder that other software wrote.
+        lineage: overrides what the folder says.
+        evaluation: overrides what the folder says.
+    """
+
+    channel: str
+    dtype: payload.Dtype = "bf16"
+    floor: int | None = None
+    runtime: tuple[str, ...] = ("torch",)
+    notes: str = ""
+    base_digest: str | None = None
+    lineage: Lineage | None = None
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class ReleaseRequest:
+    """A release that waits for signatures.
+
+    Attributes:
+        folder: where it lies.
+        record: the new release.
+        metadata: the bytes of the unsigned ``adapters`` file.
+    """
+
+    folder: Path
+    record: ReleaseRecord
+    metadata: bytes
+
+    @property
+    def name(self) -> str:
+        """The release's name, ``<channel>-<counter>``."""
+        return self.record.name
+
+
+def make_request(
+    adapter_folder: Path, out: Path, *, adapters: bytes, options: ReleaseOptions, now: datetime
+) -> ReleaseRequest:
+    """Encode an adapter and write the request for its release.
+
+    Args:
+        adapter_folder: PEFT layout, with ``version.json`` and ``privacy.json`` if there are any.
+        out: folder of the request; it must not exist.
+        adapters: the current ``adapters`` metadata of the repository, as published.
+        options: what a person decides.
+        now: the time, with a zone.
+
+    Raises:
+        ReleaseError: ``out`` exists, the metadata is not that of a repository, or a field is wrong.
+        LayoutError: the folder is no adapter.
+        PayloadError: the adapter can't be encoded.
+        StorageError: the request can't be written.
+    """
+    if out.exists():
+        raise ReleaseError(f"{out} exists: choose another folder for the request")
+    adapter = peft_layout.read(adapter_folder, base_digest=options.base_digest)
+    encoded = payload.encode(adapter, dtype=options.dtype)
+    current, records = parse_adapters(adapters, "the current adapters metadata")
+    try:
+        check_channel(options.channel)
+        channel = [r.statement for r in records if r.statement.channel == options.channel]
+        known = read_provenance(adapter_folder)
+        floor = max((s.floor for s in channel), default=0)
+        statement = ReleaseStatement(
+            channel=options.channel,
+            counter=max((s.counter for s in channel), default=0) + 1,
+            adapter_digest=encoded.adapter_digest,
+            spec_digest=adapter.spec.digest,
+            base_digest=adapter.spec.base_digest,
+            plain_length=encoded.plain_length,
+            runtime=options.runtime,
+            floor=floor if options.floor is None else options.floor,
+            example=known.example,
+            client=known.client,
+            lineage=options.lineage or known.lineage,
+            evaluation=options.evaluation or known.evaluation,
+            notes=options.notes,
+            made_unix=int(now.timestamp()),
+        )
+    except StatementError as error:
+        raise ReleaseError(f"the release can't be described: {error}") from None
+    if statement.floor < floor:
+        raise ReleaseError(
+            f"floor={statement.floor} is below the channel's {floor}: a floor only rises"
+        )
+    target = roles.release_target(statement, encoded.length, encoded.sha256)
+    listed = [
+        entry
+        for record in _live(records, options.channel)
+        for entry in [current.signed.targets[record.target]]
+    ]
+    unsigned = roles.adapters([*listed, target], current.signed.version + 1, now)
+    files = {
+        METADATA: roles.to_bytes(unsigned),
+        PREVIOUS: adapters,
+        PAYLOAD: encoded.data,
+    }
+    record = ReleaseRecord(statement, encoded.sha256, encoded.length)
+    files[REQUEST] = dump(_summary(record, unsigned.signed.version))
+    durable.write_folder(out, files)
+    return ReleaseRequest(out, record, files[METADATA])
+
+
+def read_request(folder: Path) -> ReleaseRequest:
+    """A request, checked: one new release, nothing else changed, the payload is the one named.
+
+    Args:
+        folder: the request's folder, or the ``request.json`` in it.
+
+    Raises:
+        ReleaseError: it is not what it should be; says why.
+    """
+    folder = folder.parent if folder.name == REQUEST else folder
+    metadata, previous = read_file(folder / METADATA), read_file(folder / PREVIOUS)
+    after, records = parse_adapters(metadata, METADATA)
+    before, old = parse_adapters(previous, PREVIOUS)
+    changed = {r.target for r in old} & {r.target for r in records if r not in old}
+    new = [record for record in records if record.target not in {r.target for r in old}]
+    if changed or len(new) != 1 or after.signed.version != before.signed.version + 1:
+        raise ReleaseError(
+            f"{folder}: the metadata must add exactly one release and change no other; "
+            f"new: {', '.join(r.name for r in new) or 'none'}; "
+            f"changed: {', '.join(sorted(changed)) or 'none'}"
+        )
+    data = read_file(folder / PAYLOAD)
+    if hashlib.sha256(data).hexdigest() != new[0].sha256 or len(data) != new[0].length:
+        raise ReleaseError(f"{folder / PAYLOAD} is not the payload that {METADATA} names")
+    return ReleaseRequest(folder, new[0], metadata)
+
+
+def describe(record: ReleaseRecord) -> dict[str, Any]:
+    """A release as JSON objects, for people and for ``--format json``."""
+    return {
+        "release": record.name,
+        "target": record.target,
+        "sha256": record.sha256,
+        "length": record.length,
+        "path": record.path,
+        **{k: v for k, v in record.statement.to_custom().items() if k != "schema"},
+    }
+
+
+def _live(records: Sequence[ReleaseRecord], channel: str) -> list[ReleaseRecord]:
+    """What stays listed: everything of other channels, the newest of this one."""
+    mine = [record for record in records if record.statement.channel == channel]
+    others = [record for record in records if record.statement.channel != channel]
+    return [*others, *mine[-(LIVE_RELEASES - 1) :]]
+
+
+def parse_adapters(data: bytes, name: str) -> tuple[Metadata[Any], tuple[ReleaseRecord, ...]]:
+    """An ``adapters`` file and the releases in it; nothing of it is believed yet.
+
+    Raises:
+        ReleaseError: it is none.
+    """
+    try:
+        metadata = parse_metadata(data, name)
+        if metadata.signed.type != "targets":
+            raise RepositoryError(f"{name} is {metadata.signed.type} metadata")
+        return metadata, read_releases(metadata.signed)
+    except (RepositoryError, StatementError) as error:
+        raise ReleaseError(f"not the adapters metadata of a repository: {error}") from None
+
+
+def read_file(path: Path) -> bytes:
+    """A file of a request.
+
+    Raises:
+        ReleaseError: it can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReleaseError(
+            f"cannot read {path}: {error.strerror}; a request is made with: airpeft release make"
+        ) from error
+
+
+def _summary(record: ReleaseRecord, version: int) -> dict[str, Any]:
+    return {"schema": SCHEMA, "adapters_version": version, **describe(record)}
+
+
+def dump(doc: Mapping[str, Any]) -> bytes:
+    """JSON for people to read."""
+    return (json.dumps(doc, indent=2, sort_keys=True) + "\n").encode()

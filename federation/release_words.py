@@ -1,0 +1,54 @@
+"""Releases as people read them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from federation.cli_support import Format, show_fields, show_json
+
+
+def show_release(output: Format, data: dict[str, Any]) -> None:
+    """One release, for people or for programs."""
+    if output is Format.JSON:
+        show_json("release", data)
+        return
+    fields = dict(data)
+    for name in ("privacy", "lineage", "evaluation"):
+        if name in fields:
+            fields[name] = _words(name, fields[name])
+    if isinstance(fields.get("runtime"), list):
+        fields["runtime"] = ", ".join(fields["runtime"])
+    if "made_unix" in fields:
+        fields["made"] = day(fields.pop("made_unix"))
+    show_fields({name: "-" if value in (None, "", []) else value for name, value in fields.items()})
+
+
+def _words(name: str, value: Any) -> str:
+    if name == "privacy":
+        return epsilon(value)
+    if name == "evaluation":
+        return (
+            f"{accuracy(value)} on {value['set']}, {value['examples']} examples" if value else "-"
+        )
+    return ", ".join(f"{k} {v}" for k, v in (value or {}).items() if v) or "-"
+
+
+def epsilon(privacy: dict[str, Any]) -> str:
+    """The signed privacy claims in words."""
+    parts = [
+        f"{claim['epsilon_micro'] / 1e6:g} (delta {claim['delta_e12'] / 1e12:g}, {claim['unit']})"
+        for claim in (privacy or {}).values()
+        if claim
+    ]
+    return "; ".join(parts) or "-"
+
+
+def accuracy(evaluation: dict[str, Any] | None) -> str:
+    """The signed accuracy."""
+    return f"{evaluation['accuracy_micro'] / 1e6:.4f}" if evaluation else "-"
+
+
+def day(unix: int) -> str:
+    """A time for people, UTC."""
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M") if unix else "-"

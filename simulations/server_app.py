@@ -1,0 +1,164 @@
+"""The ServerApp of a simulation: the same function for every backend.
+
+``app`` is what Flower starts (``flwr run .``), with the scenario named in the run configuration of
+``pyproject.toml``. ``airpeft simulate`` calls :func:`serve` over its own grid or over Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from aggregation import durable, peft_layout
+from aggregation.adapter import Adapter
+from clients.trainer import Trainer
+from federation.rounds import Round
+from federation.server_app import run_training
+from federation.strategy import Reply, TrainingResult
+from privacy.events import SgdEvent
+from privacy.statement import FILE, statement
+from simulations import evaluation, folder, records, report
+from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
+from simulations.folder import Run
+from simulations.resources import find
+from simulations.scenario import load
+
+_log = logging.getLogger("airpeft.simulations.server_app")
+
+Progress = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        run: name of the run.
+        out: the run folder.
+        adapter: the adapter.
+        adapter_folder: the adapter in PEFT's layout.
+        metrics: the lines of ``metrics.jsonl``.
+        privacy: the privacy statement.
+        report: the report.
+    """
+
+    run: str
+    out: Path
+    adapter: Adapter
+    adapter_folder: Path
+    metrics: tuple[dict[str, Any], ...]
+    privacy: dict[str, Any]
+    report: Path
+
+
+def serve(grid: Grid, run: Run, trainer: Trainer, randomness: str, progress: Progress) -> RunResult:
+    """Train over a grid, and leave the adapter and the report in the run folder.
+
+    Args:
+        grid: carries the messages.
+        run: from ``simulations.folder.prepare``.
+        trainer: measures the global adapter.
+        randomness: where the clients' noise comes from, for the privacy statement.
+        progress: told of everything that happens.
+    """
+    rounds = list(folder.done_rounds(run))
+
+    def on_round(record: Round) -> None:
+        rounds.append(record)
+        lines = [records.line(rounds, r, run.privacy) for r in rounds]
+        durable.write_bytes(run.out / folder.METRICS, records.jsonl(lines))
+        progress(RoundDone(record.number, lines[-1]))
+
+    def on_reply(reply: Reply) -> None:
+        progress(ClientDone(reply.client, reply.round, reply.seconds, reply.refused))
+
+    result = run_training(
+        grid,
+        run.config,
+        initial=run.initial,
+        evaluate=evaluation.by_class(
+            trainer, run.heldout, max_length=run.scenario.train.max_length
+        ),
+        on_begin=lambda number, cohort: progress(RoundStarted(number, cohort)),
+        on_reply=on_reply,
+        on_round=on_round,
+        checkpoint=run.checkpoints,
+    )
+    return _finish(run, result, randomness, progress)
+
+
+def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progress) -> RunResult:
+    lines = [records.line(result.rounds, r, run.privacy) for r in result.rounds]
+    events: dict[str, list[SgdEvent]] = {}
+    for record in result.rounds:
+        for client, event in record.privacy_events.items():
+            events.setdefault(client, []).append(SgdEvent.from_mapping(event))
+    told = statement(events, run.privacy, randomness=randomness, rounds=result.rounds[-1].number)
+    picture = report.draw_curves(run, lines)
+    peft_layout.write(
+        run.out / folder.ADAPTER,
+        result.adapter,
+        base_name=run.base.name,
+        card=report.model_card(run, lines, told),
+        extra={FILE: json.dumps(told, indent=1, sort_keys=True).encode()},
+    )
+    durable.write_bytes(run.out / folder.METRICS, records.jsonl(lines))
+    durable.write_bytes(run.out / folder.CURVES, picture)
+    page = report.page(run, lines, result.rounds, told, picture)
+    durable.write_bytes(run.out / folder.REPORT, page.encode())
+    progress(Finished(result.adapter.digest, run.out / folder.ADAPTER, run.out / folder.REPORT))
+    return RunResult(
+        run=run.config.run,
+        out=run.out,
+        adapter=result.adapter,
+        adapter_folder=run.out / folder.ADAPTER,
+        metrics=tuple(lines),
+        privacy=told,
+        report=run.out / folder.REPORT,
+    )
+
+
+def _tell(event: Event) -> None:
+    if isinstance(event, RoundDone):
+        spent = event.metrics["epsilon_max"]
+        _log.info(
+            "round %d: accuracy %.4f, loss %.4f%s",
+            event.round,
+            event.metrics["accuracy"],
+            event.metrics["loss"],
+            f", largest epsilon {spent:.3f}" if spent else "",
+        )
+    elif isinstance(event, Finished):
+        _log.info("adapter %s in %s", event.adapter_digest, event.adapter)
+
+
+app = ServerApp()
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def main(grid: Grid, context: Context) -> None:
+    """Run the scenario that the run configuration names; see ``[tool.flwr.app.config]``.
+
+    Raises:
+        SimulationError: if the scenario or its data are not usable.
+    """
+    from clients.client_app import resident
+
+    settings = context.run_config
+    path = Path(str(settings["scenario"]))
+    scenario = load(
+        path if path.is_absolute() else find(str(path)),
+        overrides=str(settings.get("overrides", "")).split(),
+    )
+    out = Path(str(settings.get("out") or f"runs/{scenario.name}-flwr-{context.run_id}"))
+    with folder.locked(out) as where:
+        run = folder.prepare(scenario, where)
+        trainer = resident(run.scenario.base.name, run.ledger, False, 1)
+        serve(grid, run, trainer, folder.SIMULATED, _tell)
