@@ -43,9 +43,20 @@ from clients.trust import (
     TrustStateError,
     Withdraw,
 )
-from protos.messages import DeviceEvent, MetadataBundle, Report, WatchRequest
+from protos.messages import DeviceEvent, MetadataBundle, RejectReason, Report, WatchRequest
 
 log = logging.getLogger("airpeft.clients.agent")
+
+
+# Whoever serves such metadata may be no server of ours: it must not get to confirm reports, least
+# of all the one that tells of it.
+IMPOSTOR = frozenset(
+    {
+        RejectReason.METADATA_SIGNATURE,
+        RejectReason.METADATA_ROLLBACK,
+        RejectReason.METADATA_MALFORMED,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +193,10 @@ class Agent:
         try:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
+            if rejected.reason in IMPOSTOR:
+                self._reporter.doubt(str(rejected))
+            else:
+                self._reporter.believe(connection)
             self._reporter.tell_once(
                 DeviceEvent.REJECTED,
                 reason=rejected.reason,
@@ -194,6 +209,7 @@ class Agent:
         except (TrustStateError, StorageError) as error:
             self._reporter.tell_once(DeviceEvent.FAILED, detail=str(error))
             return
+        self._reporter.believe(connection)
         match verdict:
             case Stay(reason=reason):
                 log.debug("stay: %s", reason)
@@ -252,7 +268,7 @@ class Agent:
             for event in connection.watch(self._watch_request()):
                 if not self.status.online:
                     self._reconnect.reset()
-                    self._reporter.online(connection)
+                    self._reporter.online()
                 if isinstance(event, MetadataBundle):
                     bundle = event
                     self.consider(bundle, connection)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
+device = typer.Typer(
     name="device",
     help="Run a device: it serves predictions and keeps its adapter up to date.",
     no_args_is_help=True,
@@ -40,7 +40,7 @@ FormatOption = Annotated[
 ]
 
 
-@app.command(
+@device.command(
     epilog="Example: airpeft device enrol enrol.json --home ./device-1 --base minilm",
 )
 def enrol(
@@ -60,7 +60,7 @@ def enrol(
     _show("enrolment", data, output)
 
 
-@app.command(
+@device.command(
     epilog="Example: airpeft device run --home ./device-1 --heldout mine.jsonl --port 8080",
 )
 def run(
@@ -85,14 +85,14 @@ def run(
 
     Settings may also stand in HOME/device.toml or in AIRPEFT_DEVICE_... variables.
     """
-    from clients import device
+    from clients import device as process
     from clients.device_settings import DeviceSettings
 
     stop = threading.Event()
-    device.stop_on_signals(stop)
+    process.stop_on_signals(stop)
     with _errors():
         if die_with_parent:
-            device.die_with_parent()
+            process.die_with_parent()
         flags = {
             "base": base,
             "heldout": heldout,
@@ -105,10 +105,10 @@ def run(
         settings = DeviceSettings.read(home, flags)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("airpeft").setLevel(settings.log_level)
-        device.run_device(home, settings, stop=stop, ready=_say_ready)
+        process.run_device(home, settings, stop=stop, ready=_say_ready)
 
 
-@app.command(epilog="Example: airpeft device status --home ./device-1 --format json")
+@device.command(epilog="Example: airpeft device status --home ./device-1 --format json")
 def status(home: Home, output: FormatOption = Format.TABLE) -> None:
     """What serves, whether the fleet is reachable, what was reported last."""
     from clients.device import read_status

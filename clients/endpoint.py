@@ -1,7 +1,8 @@
 """The device's own HTTP endpoint: predictions, status, metrics; on the loopback address only.
 
     POST /v1/classify  {"texts": ["...", ...]}
-                       -> {"predictions": [{"label", "scores"}], "adapter": digest, "release": name}
+                       -> {"predictions": [{"label", "scores", "logits"}],
+                           "adapter": digest, "release": name}
     GET  /v1/status    what serves, whether the fleet is reachable, what was reported last
     GET  /metrics      Prometheus text
     GET  /health       200 while the process serves
@@ -189,7 +190,10 @@ class Endpoint:
             return _problem(500, "the engine failed; the device's log says why")
         return JSONResponse(
             {
-                "predictions": [{"label": p.label, "scores": dict(p.scores)} for p in found],
+                "predictions": [
+                    {"label": p.label, "scores": dict(p.scores), "logits": dict(p.logits)}
+                    for p in found
+                ],
                 "adapter": version.digest,
                 "release": version.name,
             }

@@ -171,13 +171,13 @@ class PeftRuntime:
         for start in range(0, len(order), self._batch):
             rows = order[start : start + self._batch]
             chosen = [requests[i] for i in rows]
-            scores = self._forward([tokens[i] for i in rows], [r.version for r in chosen])
-            for i, request, row in zip(rows, chosen, scores, strict=True):
+            logits = self._forward([tokens[i] for i in rows], [r.version for r in chosen])
+            for i, request, row in zip(rows, chosen, logits, strict=True):
                 out[i] = _prediction(request.version, row)
         return [prediction for prediction in out if prediction is not None]
 
-    def _forward(self, tokens: list[list[int]], versions: list[AdapterVersion]) -> Any:
-        """Probabilities, (n, most labels of any version), one row per text."""
+    def _forward(self, tokens: list[list[int]], versions: list[AdapterVersion]) -> Tensor:
+        """Logits, (n, most labels of any version), one row per text; -inf beyond a row's own."""
         width = max(len(ids) for ids in tokens)
         ids = torch.zeros((len(tokens), width), dtype=torch.long)
         mask = torch.zeros((len(tokens), width), dtype=torch.long)
@@ -187,8 +187,8 @@ class PeftRuntime:
         token = _groups.set(_group(versions))
         try:
             with torch.inference_mode():
-                logits = self._model(input_ids=ids, attention_mask=mask)
-                return torch.softmax(logits.double(), dim=-1).numpy()
+                logits: Tensor = self._model(input_ids=ids, attention_mask=mask)
+                return logits
         finally:
             _groups.reset(token)
 
@@ -259,10 +259,12 @@ def _group(versions: Sequence[AdapterVersion]) -> tuple[_Group, ...]:
     )
 
 
-def _prediction(version: AdapterVersion, row: Any) -> Prediction:
-    scores = {label: float(row[i]) for i, label in enumerate(version.labels)}
+def _prediction(version: AdapterVersion, row: Tensor) -> Prediction:
+    own = row[: len(version.labels)].double()
+    logits = dict(zip(version.labels, own.tolist(), strict=True))
+    scores = dict(zip(version.labels, torch.softmax(own, dim=-1).tolist(), strict=True))
     label = max(scores, key=lambda key: scores[key]) if scores else ""
-    return Prediction(label, scores, version)
+    return Prediction(label, scores, logits, version)
 
 
 def _tensor(array: Any) -> Tensor:

@@ -98,13 +98,24 @@ class Reporter:
             self._told.append(key)
             self.tell(event, **fields)
 
-    def online(self, connection: Connection) -> None:
-        """There is a link: what is pending goes out."""
+    def online(self) -> None:
+        """There is a link; whether reports may take it is still to be seen."""
         if not self.status.online:
             log.info("connected")
         self.status.online, self.status.link = True, ""
-        self._connection = connection
-        self._queue.arrived.set()
+
+    def believe(self, connection: Connection) -> None:
+        """What the server hands out verifies: reports go to it."""
+        # What was refused before is news again, should it come again.
+        self._told = deque((key for key in self._told if key[1]), maxlen=_REMEMBERED)
+        if self._connection is not connection:
+            self._connection = connection
+            self._queue.arrived.set()
+
+    def doubt(self, why: str) -> None:
+        """What the server hands out is not the fleet's: it gets no reports to swallow."""
+        self._connection = None
+        self.status.link = why
 
     def offline(self, why: str) -> None:
         """There is none, and why."""

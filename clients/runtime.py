@@ -72,11 +72,13 @@ class Prediction:
     Attributes:
         label: the class with the highest score; the first one on a tie; empty without classes.
         scores: probability by class; they sum to one.
+        logits: what the scores come from, by class.
         version: the version that answered, the very one of the request.
     """
 
     label: str
     scores: Mapping[str, float]
+    logits: Mapping[str, float]
     version: AdapterVersion
 
 

@@ -35,6 +35,7 @@ MAX_FILE_BYTES = 5_000_000
 MAX_TIMESTAMP_BYTES = 16_384
 MAX_ROOT_BYTES = 512_000
 MAX_ROOTS = 1_024
+LAST_SECOND = 253_000_000_000  # in the year 9987: dates end in 9999
 MAX_LEAP = timedelta(days=5 * 366)
 """How far ahead of a device's knowledge metadata may be dated: longer than any agent lives."""
 
@@ -123,8 +124,8 @@ class Verification:
             raise Refused(RejectReason.METADATA_MALFORMED, f"{kind}: {error}"[:300]) from None
 
     def _moment(self) -> datetime:
-        """The device's clock, but never before what it knows for certain."""
-        floor = max(self.state.time_floor, self._built)
+        """The device's clock, but never before its software, its root and its last timestamp."""
+        floor = min(max(self.state.time_floor, self._built, 0), LAST_SECOND)
         return max(self._now, datetime.fromtimestamp(floor, UTC))
 
     def _root(self, files: Mapping[str, bytes]) -> TrustedMetadataSet:
@@ -149,6 +150,9 @@ class Verification:
         self.state = self.state.seen_root(root.version)
         for role in ("timestamp", "snapshot", "targets"):
             self.state = self.state.rekeyed(role, root.roles[role].keyids)
+        made = root.unrecognized_fields.get(SIGNED_UNIX)
+        if type(made) is int:  # by the offline keys: no leap is too far for them
+            self._built = max(self._built, made)
         return trusted
 
     def _timestamp(self, trusted: TrustedMetadataSet, files: Mapping[str, bytes]) -> None:
@@ -171,7 +175,7 @@ class Verification:
         )
         if expired is not None:
             raise expired
-        # Now and then the timestamp teaches that it is later than this device thought.
+        # The timestamp may have taught that it is later than this device thought.
         trusted.reference_time = self._moment()
 
     def _learn_time(self, made: Any) -> None:

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from aggregation.durable import StorageError
 from federation.errors import FederationError
+from federation.migrations import HEAD
 
 METADATA = sa.MetaData()
 
@@ -192,6 +193,11 @@ class Store:
         self._engine.dispose()
 
     def _migrate(self, path: Path) -> None:
+        with self.read() as connection:
+            if sa.inspect(connection).has_table("alembic_version"):
+                found = connection.exec_driver_sql("SELECT version_num FROM alembic_version")
+                if found.scalar() == HEAD:
+                    return
         from alembic.config import Config
         from alembic.runtime.environment import EnvironmentContext
         from alembic.script import ScriptDirectory

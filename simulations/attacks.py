@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import numpy as np
 
-from aggregation import payload, peft_layout
+from aggregation import peft_layout
 from aggregation.adapter import Adapter
 from simulations.processes import wait_for
 from simulations.scenario import Scenario
@@ -104,10 +104,15 @@ def compare_with_peft(fleet: Fleet, folder: Path, scenario: Scenario) -> float:
 
     base = find_base(scenario.base.name)
     adapter = peft_layout.read(folder)
-    model = peft.PeftModel.from_pretrained(build(base, len(adapter.spec.labels)), str(folder)).eval()
+    model = peft.PeftModel.from_pretrained(
+        build(base, len(adapter.spec.labels)), str(folder)
+    ).eval()
     texts = ["A masterpiece, warm and funny.", "Dull, and far too long.", "It arrived on Monday."]
     words = tokenizer(base)(
-        texts, padding=True, truncation=True, max_length=scenario.train.max_length,
+        texts,
+        padding=True,
+        truncation=True,
+        max_length=scenario.train.max_length,
         return_tensors="pt",
     )
     with torch.inference_mode():
@@ -171,11 +176,3 @@ def _status(url: str) -> dict[str, Any]:
 
 def _running(fleet: Fleet) -> dict[str, str]:
     return {name: str(_status(url).get("release")) for name, url in fleet.endpoints().items()}
-
-
-def round_trip(adapter: Adapter) -> Adapter:
-    """The adapter as devices decode it: rounded to the payload's precision."""
-    sent = payload.encode(adapter)
-    return payload.decode(
-        sent.data, spec_digest=adapter.spec.digest, adapter_digest=sent.adapter_digest
-    )

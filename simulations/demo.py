@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from aggregation import durable, peft_layout
-from simulations import attacks
+from aggregation import durable
+from simulations import attacks, demo_run
 from simulations.events import Event, Prepared, RoundDone
 from simulations.fleet import DevicePlan, Fleet
 from simulations.processes import Children, ProcessError
-from simulations.run import RunResult, simulate
+from simulations.run import simulate
 from simulations.scenario import Scenario
+from simulations.server_app import RunResult
 from simulations.traffic import Traffic
 
 CHANNEL = "sentiment"
@@ -111,7 +112,9 @@ class DemoResult:
     @property
     def problems(self) -> list[str]:
         """What should not have happened; empty if all went as it must."""
-        found = [f"the attack succeeded: {a.name} ({a.detail})" for a in self.attacks if not a.refused]
+        found = [
+            f"the attack succeeded: {a.name} ({a.detail})" for a in self.attacks if not a.refused
+        ]
         if self.traffic.get("failed"):
             found.append(f"{self.traffic['failed']} requests failed: {self.traffic['errors']}")
         if not self.parity < attacks.PARITY:
@@ -142,8 +145,8 @@ class Demo:
             workers=self.options.workers,
             progress=self._trained,
         )
-        if self._early is None:
-            self._release_early(result.adapter)
+        if self._early is None:  # an earlier process had done more than half of the rounds
+            self._release_early()
         if self._early is not None:
             self._early.join()
         self._raise_trouble()
@@ -155,8 +158,8 @@ class Demo:
             self._start_fleet(event)
         elif isinstance(event, RoundDone) and event.round > 0:
             half = (self.options.scenario.federation.rounds + 1) // 2
-            if event.round >= half and self._early is None and event.adapter is not None:
-                self._release_early(event.adapter)
+            if event.round >= half and self._early is None:
+                self._release_early()
         self._raise_trouble()
 
     def _start_fleet(self, prepared: Prepared) -> None:
@@ -175,8 +178,9 @@ class Demo:
         names = ", ".join(device.name for device in self.fleet.devices)
         self.view.note(f"enrolled with one-time tokens, started: {names}")
 
-    def _release_early(self, adapter: Path) -> None:
+    def _release_early(self) -> None:
         """Release 1, in a thread, so that training does not wait for the fleet."""
+        adapter = demo_run.register_latest(self.options.scenario, self.options.out)
 
         def work() -> None:
             try:
@@ -256,17 +260,21 @@ class Demo:
                 "failed": served[device.name].failed,
                 "releases_served": dict(served[device.name].by_release),
             }
-        document = {
+        data = json.dumps(self.document(result), indent=2, sort_keys=True).encode()
+        durable.write_bytes(self.options.out / "fleet.json", data + b"\n")
+        return result
+
+    def document(self, result: DemoResult) -> dict[str, Any]:
+        """What happened to the fleet, as it stands in ``fleet.json``."""
+        return {
             "devices": result.devices,
             "releases": result.releases,
             "attacks": [vars(attack) for attack in result.attacks],
             "traffic": result.traffic,
             "parity": result.parity,
             "rollouts": self.rollouts,
+            "problems": result.problems,
         }
-        data = json.dumps(document, indent=2, sort_keys=True).encode()
-        durable.write_bytes(self.options.out / "fleet.json", data + b"\n")
-        return result
 
     def stop_traffic(self) -> None:
         """No more requests."""
@@ -316,11 +324,11 @@ def run_demo(
             view.stage("train, and bring up the fleet")
             run = demo.train()
             view.stage("release, canary, everybody")
-            final = demo.release(run.adapter, "the end of training")
+            adapter = demo_run.finish(options.scenario, run)
+            final = demo.release(run.adapter_folder, "the end of training")
             if final["state"] != "done":
                 raise ProcessError(f"the final release ended {final['state']}: {final['why']}")
-            adapter = peft_layout.read(run.adapter)
-            parity = attacks.compare_with_peft(demo.fleet, run.adapter, options.scenario)
+            parity = attacks.compare_with_peft(demo.fleet, run.adapter_folder, options.scenario)
             view.stage("three things that must fail")
             tried = [
                 attacks.tampered_payload(demo, adapter),
@@ -329,6 +337,7 @@ def run_demo(
             ]
             demo.stop_traffic()
             result = demo.outcome(run, tried, parity)
+            demo_run.report_fleet(options.scenario, run, demo.document(result))
             if keep is not None:
                 keep(result, demo.fleet)
             return result

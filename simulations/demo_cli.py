@@ -30,7 +30,9 @@ def demo(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: federation.rounds=2.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Root of all randomness of the training.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Root of all randomness of the training.")
+    ] = None,
     devices: Annotated[int, typer.Option(min=2, max=20, help="Device processes.")] = 5,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Trainer processes.")] = 2,
     keep: Annotated[
@@ -84,7 +86,9 @@ def _run(
     console = Console(stderr=output == "json")
     try:
         folder = (out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-        options = DemoOptions(load(path, overrides, seed), folder, devices=devices, workers=workers)
+        options = DemoOptions(
+            load(path, overrides=overrides, seed=seed), folder, devices=devices, workers=workers
+        )
         view = LiveView(console) if console.is_terminal and output == "table" else LineView(console)
         with view:
             result = run_demo(options, view, keep=_keeper(console, view, output) if keep else None)

@@ -1,4 +1,4 @@
-"""A real fleet on this machine: the server and the devices as processes, driven as people drive them.
+"""A real fleet on this machine: server and devices as processes, driven as people drive them.
 
 Everything goes through the product's own doors: the commands ``airpeft server`` and ``airpeft
 device``, the REST interface with the operator's token, release requests signed with key files.

@@ -166,6 +166,7 @@ def page(
     rounds: Sequence[Round],
     privacy: Mapping[str, Any],
     picture: bytes,
+    fleet: Mapping[str, Any] | None = None,
 ) -> str:
     """The report as one HTML file.
 
@@ -175,6 +176,7 @@ def page(
         rounds: the records of all rounds.
         privacy: the privacy statement.
         picture: the curves, a PNG.
+        fleet: what happened to a fleet of devices, if there was one (``simulations.demo``).
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -196,6 +198,7 @@ def page(
         privacy_json=json.dumps(privacy, indent=1, sort_keys=True),
         snippet=snippet(run),
         toml=run.scenario.to_toml(),
+        fleet=fleet,
         percent=lambda value: "–" if value is None else f"{100 * value:.1f} %",
         size=_size,
     )

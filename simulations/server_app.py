@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from aggregation import durable, peft_layout
 from aggregation.adapter import Adapter
 from clients.trainer import Trainer
+from federation import cohort
 from federation.rounds import Round
 from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
@@ -27,8 +28,9 @@ from privacy.statement import FILE, statement
 from simulations import evaluation, folder, records, report
 from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
 from simulations.folder import Run
-from simulations.resources import find
-from simulations.scenario import load
+from simulations.scenario import Scenario, load
+
+GATHER_SECONDS = 120.0
 
 _log = logging.getLogger("airpeft.simulations.server_app")
 
@@ -94,13 +96,24 @@ def serve(grid: Grid, run: Run, trainer: Trainer, randomness: str, progress: Pro
     return _finish(run, result, randomness, progress)
 
 
-def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progress) -> RunResult:
-    lines = [records.line(result.rounds, r, run.privacy) for r in result.rounds]
+def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dict[str, Any]:
+    """What the rounds so far have spent, as it stands beside the adapter.
+
+    Args:
+        run: the run.
+        rounds: its records, round 0 first.
+        randomness: where the clients' noise came from.
+    """
     events: dict[str, list[SgdEvent]] = {}
-    for record in result.rounds:
+    for record in rounds:
         for client, event in record.privacy_events.items():
             events.setdefault(client, []).append(SgdEvent.from_mapping(event))
-    told = statement(events, run.privacy, randomness=randomness, rounds=result.rounds[-1].number)
+    return statement(events, run.privacy, randomness=randomness, rounds=rounds[-1].number)
+
+
+def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progress) -> RunResult:
+    lines = [records.line(result.rounds, r, run.privacy) for r in result.rounds]
+    told = privacy_statement(run, result.rounds, randomness)
     picture = report.draw_curves(run, lines)
     peft_layout.write(
         run.out / folder.ADAPTER,
@@ -151,14 +164,32 @@ def main(grid: Grid, context: Context) -> None:
     """
     from clients.client_app import resident
 
-    settings = context.run_config
-    path = Path(str(settings["scenario"]))
-    scenario = load(
-        path if path.is_absolute() else find(str(path)),
-        overrides=str(settings.get("overrides", "")).split(),
+    scenario = _scenario(
+        context,
+        clients=len(
+            cohort.gather(lambda: list(grid.get_node_ids()), wanted=1, seconds=GATHER_SECONDS)
+        ),
     )
-    out = Path(str(settings.get("out") or f"runs/{scenario.name}-flwr-{context.run_id}"))
+    out = Path(str(context.run_config.get("out") or f"runs/{scenario.name}-flwr-{context.run_id}"))
     with folder.locked(out) as where:
+        _log.info("run folder: %s", where)
         run = folder.prepare(scenario, where)
         trainer = resident(run.scenario.base.name, run.ledger, False, 1)
         serve(grid, run, trainer, folder.SIMULATED, _tell)
+
+
+def _scenario(context: Context, clients: int) -> Scenario:
+    """The scenario of a Flower run, its data dealt to as many clients as there are SuperNodes."""
+    settings = context.run_config
+    path = _find(Path(str(settings["scenario"])))
+    overrides = [*str(settings.get("overrides", "")).split(), f"partition.clients={clients}"]
+    fewest = load(path, overrides=overrides[:-1]).federation.min_updates
+    if fewest > clients:
+        overrides.append(f"federation.min_updates={clients}")
+    return load(path, overrides=overrides)
+
+
+def _find(path: Path) -> Path:
+    """A path relative to where we are, or to the app: Flower runs apps from a copy."""
+    beside = Path(__file__).parents[1] / path
+    return path if path.is_file() or not beside.is_file() else beside

@@ -277,7 +277,7 @@ class Obedient:
             return
         self._done.add((document.sequence, name))
         event = self.verdict(name)
-        until(lambda: self._say(event, document, name), 20.0, what="the report's acknowledgement")
+        until(lambda: self._say(event, document, name), 90.0, what="the report's acknowledgement")
         if event is DeviceEvent.COMMITTED:
             self.running = name
             self.loaded.append(name)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from aggregation.durable import StorageError
+from federation import migrations
 from federation import store as tables
 from federation.authority import open_authority
 from federation.enrolment import Enrolment
@@ -389,9 +390,13 @@ def test_the_audit_log_only_grows(house: House, change: Callable[[sa.Table], Any
 def test_the_migrations_make_the_tables_that_the_code_uses(house: House) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
 
     with house.store.read() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), tables.METADATA) == []
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, tables.METADATA) == []
+        assert context.get_current_revision() == migrations.HEAD
+    assert ScriptDirectory(migrations.__path__[0]).get_current_head() == migrations.HEAD
 
 
 def test_a_database_of_a_newer_version_or_none_at_all_is_refused(

@@ -204,9 +204,7 @@ def test_a_half_open_link_is_noticed(gateway, device, runtime, adapters):
     proxy = Proxy(gateway.port)
 
     def connect(who):
-        return Connection(
-            dataclasses.replace(who, fleet=f"127.0.0.1:{proxy.port}"), silence=0.8
-        )
+        return Connection(dataclasses.replace(who, fleet=f"127.0.0.1:{proxy.port}"), silence=0.8)
 
     gateway.order(gateway.release(adapters[0], 1), rollout="r1")
     try:
@@ -220,6 +218,31 @@ def test_a_half_open_link_is_noticed(gateway, device, runtime, adapters):
             running.serves("stable-2")
     finally:
         proxy.close()
+
+
+def test_an_impostor_is_refused_and_gets_no_reports(gateway, device, runtime, adapters, tmp_path):
+    """Somebody with the server's keys and database answers with yesterday's metadata."""
+    gateway.order(gateway.release(adapters[0], 1), rollout="r1")
+    with Running(device, runtime) as running:
+        gateway.heard(DeviceEvent.COMMITTED, "stable-1")
+        old = gateway.repository.bundle()
+        gateway.order(gateway.release(adapters[2], 2), rollout="r2")
+        gateway.heard(DeviceEvent.COMMITTED, "stable-2")
+        for _ in range(2):  # a second time it is news again
+            count = len(gateway.reports())
+            gateway.stop()
+            gateway.source = lambda after: old
+            gateway.start()
+            until(lambda: "metadata-rollback" in running.agent.status.link, what="the refusal")
+            assert runtime.pin().name == "stable-2"
+            until(lambda: running.queue.pending() == 1, what="the report to be kept")
+            assert running.agent.status.last_reason == "metadata-rollback"
+            assert len(gateway.reports()) == count, "an impostor could swallow it"
+            gateway.stop()
+            gateway.source = gateway.repository.bundle
+            gateway.start()
+            until(lambda: running.queue.pending() == 0, what="the report to be delivered")
+            assert gateway.reports()[-1].reason is RejectReason.METADATA_ROLLBACK
 
 
 def test_wrong_base_and_runtime_are_refused(gateway, device, runtime, adapters):
@@ -270,6 +293,7 @@ def make_adapter_without_head(adapter: Adapter) -> Adapter:
     return Adapter(spec, {key: adapter.tensors[key] for key in spec.shapes()})
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_release_that_kills_the_process_is_given_up(gateway, device, runtime, adapters):
     """The count of tries is durable: found by the next process, after the third death."""
     record = gateway.release(adapters[0], 1)

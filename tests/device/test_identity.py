@@ -19,9 +19,7 @@ def reply_for(tmp_path: Path, request: bytes, name: str = "d-7") -> EnrolReply:
     now = datetime.now(UTC)
     authority = open_authority(tmp_path / "authority", now)
     issued = authority.issue(request, name, now)
-    return EnrolReply(
-        device_id=name, certificate=issued.pem, authority=authority.pem, root=b"{}"
-    )
+    return EnrolReply(device_id=name, certificate=issued.pem, authority=authority.pem, root=b"{}")
 
 
 def test_key_stays_private_and_the_same(home: Path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 
@@ -12,7 +13,7 @@ from tests.waiting import until
 
 @given(st.integers(), st.floats(0.01, 10), st.floats(10, 1000))
 def test_backoff_stays_below_a_doubling_bound_and_starts_again(seed, base, cap):
-    backoff = Backoff(random.Random(seed), base=base, cap=cap)
+    backoff = Backoff(random.Random(seed), base=base, cap=cap)  # noqa: S311
     for tries in range(80):
         assert 0 <= backoff.next() <= min(cap, base * 2.0**tries)
     assert backoff.next(at_least=7.0) >= 7.0
@@ -21,10 +22,10 @@ def test_backoff_stays_below_a_doubling_bound_and_starts_again(seed, base, cap):
 
 
 def test_a_fleet_comes_back_spread_out():
-    waits = sorted(Backoff(random.Random(n), base=8.0).next() for n in range(400))
+    waits = sorted(Backoff(random.Random(n), base=8.0).next() for n in range(400))  # noqa: S311
     assert waits[0] < 0.5
     assert waits[-1] > 7.5
-    assert max(b - a for a, b in zip(waits, waits[1:], strict=False)) < 0.5
+    assert max(b - a for a, b in itertools.pairwise(waits)) < 0.5
 
 
 def test_watchdog_bites_on_silence_only():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -123,8 +122,8 @@ def test_offline_for_long_drops_health_before_anything_else(home: Path):
     reports.put(DeviceEvent.REVERTED, release="a-1", reason=RejectReason.SELF_TEST)
     server = Server()
     reports.deliver(server)
-    assert [r.event for r in server.seen][0] is DeviceEvent.COMMITTED
-    assert [r.event for r in server.seen][-1] is DeviceEvent.REVERTED
+    assert server.seen[0].event is DeviceEvent.COMMITTED
+    assert server.seen[-1].event is DeviceEvent.REVERTED
     assert len(server.seen) == 4
 
 
@@ -152,4 +151,4 @@ def test_damage_is_an_error_with_a_remedy(home: Path):
     (home / "telemetry" / "acked.json").write_text("{}")
     with pytest.raises(TelemetryError, match="enrol the device again"):
         queue(home)
-    assert os.listdir(home / "telemetry") == ["acked.json"]
+    assert [path.name for path in (home / "telemetry").iterdir()] == ["acked.json"]

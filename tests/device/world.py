@@ -80,6 +80,7 @@ class Gateway:
         self.authority = open_authority(folder / "authority", datetime.now(UTC))
         self.fleet = Fleet(self.store)
         self.enrolment = Enrolment(self.store, self.authority, self.repository.root)
+        self.source: Callable[[int], Any] = self.repository.bundle
         self.folder, self.port, self.enrol_port = folder, 0, 0
         self.cut_after: int | None = None
         self.hang = False
@@ -105,12 +106,10 @@ class Gateway:
         self.store.close()
 
     async def _main(self, started: threading.Event) -> None:
-        self._stop, self._feed = asyncio.Event(), Feed(self.repository.bundle)
+        self._stop, self._feed = asyncio.Event(), Feed(lambda after: self.source(after))
         metrics, now = Metrics(), datetime.now(UTC)
         chunks = ChunkCache(self.repository.locate, lambda: None)
-        self.service = Service(
-            self.fleet, self._feed, chunks, metrics, lambda: None, heartbeat=0.2
-        )
+        self.service = Service(self.fleet, self._feed, chunks, metrics, lambda: None, heartbeat=0.2)
         self.service.fetches = self.fetches
         self.service.cut_after, self.service.hang = self.cut_after, self.hang
         enrol = EnrolmentService(self.enrolment, metrics, self.fleet.refresh)
@@ -218,7 +217,7 @@ class Running:
         later: tuple[float, float] = (0.01, 0.05),
     ) -> None:
         who = identity.load(home)
-        rng = random.Random(3)
+        rng = random.Random(3)  # noqa: S311
         self.connections = 0
 
         def counted() -> Connection:

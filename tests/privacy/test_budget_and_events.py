@@ -83,9 +83,7 @@ def test_a_delta_that_would_let_a_whole_example_out_is_refused() -> None:
     ],
 )
 def test_an_event_with_a_wrong_field_is_refused(change: dict[str, object]) -> None:
-    good = SgdEvent(
-        noise_multiplier=1.0, sample_rate=0.5, steps=3, max_grad_norm=1.0
-    ).to_mapping()
+    good = SgdEvent(noise_multiplier=1.0, sample_rate=0.5, steps=3, max_grad_norm=1.0).to_mapping()
     with pytest.raises(BudgetError):
         SgdEvent.from_mapping({**good, **change})
 

@@ -467,6 +467,26 @@ def test_a_new_device_with_no_clock_knows_when_its_software_was_built(
     assert device.reason(old, now=datetime(1970, 1, 1, tzinfo=UTC)) is R.METADATA_EXPIRED
 
 
+@pytest.mark.parametrize("role", ["snapshot", "rounds"])
+def test_an_expired_file_under_a_fresh_timestamp_and_a_clock_set_back(
+    publisher: Publisher, device: Device, role: str
+) -> None:
+    """The timestamp's own date tells a device without a clock that the other file is too old."""
+    publisher.order(publisher.release(1))
+    bundle = publisher.bundle()
+    old = Metadata[Any].from_bytes(bundle.files[file_of(bundle, role)])
+    old.signed.expires = publisher.now + timedelta(hours=1)
+    old.signed.version += 1
+    old.sign(publisher.online)
+    publisher.later(hours=20)
+    if role == "snapshot":
+        old.signed.version -= 1
+        forged = publisher.resign(dict(bundle.files), old)
+    else:
+        forged = publisher.forged(rounds=old)
+    assert device.reason(forged, now=datetime(1970, 1, 1, tzinfo=UTC)) is R.METADATA_EXPIRED
+
+
 def test_a_clock_a_year_behind_recovers(publisher: Publisher, first: Device) -> None:
     publisher.later(hours=30)
     publisher.refresh()
