@@ -28,6 +28,7 @@ from clients.connection import Connection, ConnectionLost, Denied
 from clients.health import measure as measure_health
 from clients.install import Installer, InstallPolicy, Outcome
 from clients.link import Backoff
+from clients.partial import is_full
 from clients.probe import HeldOut
 from clients.reporting import AgentStatus, Reporter
 from clients.runtime import Runtime
@@ -190,6 +191,8 @@ class Agent:
         Raises:
             ConnectionLost: while fetching; the bundle will come again with the next stream.
         """
+        if self._due and not self._due[0]:
+            self._due = None
         try:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
@@ -207,7 +210,9 @@ class Agent:
             )
             return
         except (TrustStateError, StorageError) as error:
-            self._reporter.tell_once(DeviceEvent.FAILED, detail=str(error))
+            full = RejectReason.NO_SPACE if is_full(error.__cause__) else None
+            self._reporter.tell_once(DeviceEvent.FAILED, reason=full, detail=str(error))
+            self._due = ("", time.monotonic() + self._later.next())
             return
         self._reporter.believe(connection)
         match verdict:

@@ -105,9 +105,10 @@ def run_device(
         DeviceError: another process uses the folder.
         ClientError: no base, unreadable held-out data, port taken.
     """
-    # Before torch is imported: its thread pools read these once.
-    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Before torch is imported: each of its threads reads these once.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(settings.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     who = identity.load(home)
     with _locked(home):
         agent, endpoint = _assemble(home, settings, who)
@@ -209,10 +210,12 @@ def read_status(home: Path) -> dict[str, Any]:
     if file.exists():
         try:
             url = str(json.loads(file.read_bytes())["url"])
-            found = httpx.get(f"{url}/v1/status", timeout=5.0).raise_for_status().json()
-            return {"running": True, "url": url, **found}
-        except (httpx.HTTPError, ValueError, KeyError):
-            pass  # a process that was killed leaves its file behind
+            with httpx.Client(trust_env=False, timeout=5.0) as client:
+                found = client.get(f"{url}/v1/status").raise_for_status().json()
+            if found["device_id"] == who.device_id:
+                return {"running": True, "url": url, **found}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            pass  # a process that was killed leaves its file behind, and others may take its port
     active = Slots(home).active()
     pending = len(list((home / "telemetry").glob("[0-9]*.report")))
     return {

@@ -35,14 +35,8 @@ from clients.health import measure as measure_health
 from clients.inspection import Refusal, open_payload
 from clients.link import Backoff
 from clients.partial import Fetch, PayloadMismatch, fill
-from clients.probe import (
-    HeldOut,
-    Measurement,
-    SelfTestError,
-    measure,
-    measure_latency,
-    self_test,
-)
+from clients.probe import HeldOut, SelfTestError, self_test
+from clients.quality import QualityGate
 from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
 from protos.messages import DeviceEvent, Quality, RejectReason
@@ -79,14 +73,6 @@ class InstallPolicy:
     fetch_tries: int = 4
     guard: guard.GuardLimits = field(default_factory=guard.GuardLimits)
 
-    def allowed_fall(self, examples: int) -> float:
-        """How far accuracy may fall on so many examples; one example alone never decides.
-
-        >>> InstallPolicy().allowed_fall(10), InstallPolicy().allowed_fall(1000)
-        (0.1, 0.05)
-        """
-        return max(self.quality_tolerance, 1.0 / max(1, examples))
-
 
 class Tell(Protocol):
     """Puts one report into the queue."""
@@ -122,9 +108,9 @@ class Installer:
         stop: threading.Event,
     ) -> None:
         self._home, self._slots, self._runtime = home, slots, runtime
-        self._tell, self._held_out = tell, held_out
+        self._tell = tell
+        self._gate = QualityGate(runtime, held_out, policy.quality_tolerance)
         self._policy, self._backoff, self._stop = policy, backoff, stop
-        self._measured: dict[str, Measurement | None] = {}
 
     def install(self, record: SlotRecord, fetch: Fetch, forget: Callable[[], None]) -> Outcome:
         """Bring one release into service, or say why not.
@@ -138,8 +124,8 @@ class Installer:
             ConnectionLost: the link is gone; what was fetched stays.
         """
         try:
-            self._stage(record, fetch)
-            return self._try(record)
+            fetched = self._stage(record, fetch)
+            return self._try(record, fetched)
         except Refusal as refusal:
             if refusal.final:
                 forget()
@@ -183,14 +169,14 @@ class Installer:
 
     # --- the steps --------------------------------------------------------------------------------
 
-    def _stage(self, record: SlotRecord, fetch: Fetch) -> None:
-        """Fetch, decode and guard; then into the idle slot."""
+    def _stage(self, record: SlotRecord, fetch: Fetch) -> int:
+        """Fetch, decode and guard; then into the idle slot. The bytes that had to be fetched."""
         slots = self._slots
         if slots.state.trial is not None:
             try:
                 trial = slots.trial()
                 if trial and trial.sha256 == record.sha256 and slots.trial_payload():
-                    return  # an earlier process came this far
+                    return record.length  # an earlier process came this far
             except SlotDamaged:
                 slots.revert()
         if slots.holds(record.sha256):
@@ -202,6 +188,7 @@ class Installer:
             self._open(record, data)
         slots.stage(record, data)
         self._report(record, DeviceEvent.STAGED)
+        return len(data) if data is not None else 0
 
     def _obtain(self, record: SlotRecord, fetch: Fetch) -> bytes:
         if record.length > self._policy.max_payload_bytes:
@@ -227,7 +214,7 @@ class Installer:
     def _open(self, record: SlotRecord, data: bytes) -> Adapter:
         return open_payload(record, data, self._runtime, self._policy.guard)
 
-    def _try(self, record: SlotRecord) -> Outcome:
+    def _try(self, record: SlotRecord, fetched: int) -> Outcome:
         """Load, probe, publish, commit."""
         attempts = self._slots.attempt()
         if attempts > self._policy.max_attempts:
@@ -240,7 +227,7 @@ class Installer:
         try:
             version = self._runtime.load(adapter, name=record.release)
             self_test(self._runtime, version)
-            quality = self._probe(record, version)
+            quality = self._gate.check(version, may_fall=self._is_older(record))
         except (LoadError, SelfTestError, RequestError) as error:
             raise Refusal(DeviceEvent.REVERTED, RejectReason.SELF_TEST, str(error)) from error
         previous = self._runtime.publish(version)
@@ -251,6 +238,7 @@ class Installer:
                     "rollout": record.rollout,
                     "round_sequence": record.round_sequence,
                     "quality": asdict(quality) if quality else None,
+                    "payload_bytes": fetched,
                 }
             )
         except Exception:
@@ -281,45 +269,6 @@ class Installer:
             fields["health"] = measure_health(self._home)
             self._tell(DeviceEvent.COMMITTED, **fields)
             self._slots.told()
-
-    def _probe(self, record: SlotRecord, version: AdapterVersion) -> Quality | None:
-        if self._held_out is None:
-            return None
-        before = self._before(version)
-        after = measure(self._runtime, version, self._held_out)
-        if before is None or after is None:
-            log.warning("%s: the held-out examples are of other classes", record.release)
-            return None
-        quality = Quality(
-            examples=after.examples,
-            accuracy_before=before.accuracy,
-            accuracy_after=after.accuracy,
-            latency_ms_before=before.latency_ms,
-            latency_ms_after=after.latency_ms,
-        )
-        allowed = self._policy.allowed_fall(after.examples)
-        if before.accuracy - after.accuracy > allowed + 1e-9 and not self._is_older(record):
-            raise Refusal(
-                DeviceEvent.REVERTED,
-                RejectReason.QUALITY_REGRESSED,
-                f"accuracy {after.accuracy:.4f} after {before.accuracy:.4f} on {after.examples} "
-                f"held-out examples; a fall of {allowed:.4f} is allowed",
-                quality=quality,
-            )
-        self._measured[version.digest] = after
-        return quality
-
-    def _before(self, candidate: AdapterVersion) -> Measurement | None:
-        """What serves now, measured once; the base alone guesses, so it scores as chance does."""
-        serving = self._runtime.pin()
-        assert self._held_out is not None  # noqa: S101  (narrows the type)
-        if not serving.digest:
-            latency = measure_latency(self._runtime, serving, self._held_out)
-            chance = 1.0 / max(1, len(candidate.labels))
-            return Measurement(len(self._held_out.texts), chance, latency)
-        if serving.digest not in self._measured:
-            self._measured = {serving.digest: measure(self._runtime, serving, self._held_out)}
-        return self._measured[serving.digest]
 
     def _is_older(self, record: SlotRecord) -> bool:
         active = self._slots.active()

@@ -106,8 +106,10 @@ class Reporter:
 
     def believe(self, connection: Connection) -> None:
         """What the server hands out verifies: reports go to it."""
-        # What was refused before is news again, should it come again.
-        self._told = deque((key for key in self._told if key[1]), maxlen=_REMEMBERED)
+        # Metadata that was refused before is news again, should it come again.
+        refused = [key for key in self._told if key[0] is DeviceEvent.REJECTED and not key[1]]
+        for key in refused:
+            self._told.remove(key)
         if self._connection is not connection:
             self._connection = connection
             self._queue.arrived.set()

@@ -18,18 +18,19 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregation.durable import StorageError
-from federation.enrolment import TOKEN_SECONDS, Enrolment, EnrolmentError
+from federation.api_bodies import ReleaseRequest, RolloutRequest, TokenRequest, WhyRequest
+from federation.enrolment import Enrolment, EnrolmentError
 from federation.errors import FederationError
 from federation.fleet import Fleet, UnknownDeviceError
 from federation.metrics import CONTENT_TYPE, Metrics
 from federation.operators import operator_of
+from federation.policy import Policy
 from federation.published import NotFoundError, PublishError, ReleaseRecord
 from federation.repository import Repository
-from federation.rollout import Policy, Rollout, Verb
+from federation.rollout import Rollout, Verb
 from federation.store import Store
 from federation.ticker import NoRolloutError, RolloutRecord, Ticker
 from federation.waves import RolloutError, Wave
@@ -64,52 +65,6 @@ class Desk:
     metrics: Metrics
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
-
-
-class Strict(BaseModel):
-    """A request body: unknown fields are mistakes."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class TokenRequest(Strict):
-    """A wish for an enrolment token."""
-
-    device_id: str | None = None
-    tags: dict[str, str] = Field(default_factory=dict, max_length=32)
-    seconds: float = TOKEN_SECONDS
-
-
-class ReleaseRequest(Strict):
-    """A signed release, both parts in base64."""
-
-    metadata: str
-    payload: str
-
-
-class PolicyRequest(Strict):
-    """See :class:`federation.rollout.Policy`."""
-
-    max_failures: int = Policy.max_failures
-    quality_tolerance: float = Policy.quality_tolerance
-    bake_seconds: float = Policy.bake_seconds
-    deadline_seconds: float = Policy.deadline_seconds
-
-
-class RolloutRequest(Strict):
-    """A plan; waves as people write them: ``["1", "25%", "100%"]``."""
-
-    release: str
-    waves: list[str] = Field(default=["1", "100%"], max_length=50)
-    policy: PolicyRequest = PolicyRequest()
-    why: str = Field(default="", max_length=500)
-    draft: bool = False
-
-
-class WhyRequest(Strict):
-    """An operator's words for the audit log."""
-
-    why: str = Field(default="", max_length=500)
 
 
 def make_app(desk: Desk) -> FastAPI:

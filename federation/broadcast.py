@@ -26,9 +26,10 @@ from google.protobuf.message import DecodeError, Message
 from aggregation.durable import StorageError
 from federation.chunks import ChunkCache
 from federation.enrolment import Enrolment, EnrolmentError
-from federation.fleet import Fleet, ReportError, ReportReason, UnknownDeviceError
+from federation.fleet import Fleet, UnknownDeviceError
 from federation.metrics import Metrics
 from federation.published import NotFoundError
+from federation.reports import ReportError, ReportReason
 from protos.errors import WireError
 from protos.generated import fleet_pb2 as pb
 from protos.messages import Heartbeat, MetadataBundle, ReportAck, from_wire, to_wire
@@ -126,9 +127,11 @@ class FleetService:
         """Metadata now, at every change, and heartbeats in between."""
         device, serial = await self._admit(context)
         request = await _parse(pb.WatchRequest, raw, context)
-        await asyncio.to_thread(self._fleet.saw, device, request.timestamp_version)
         sent = b""
-        with self._metrics.streams.track_inprogress():
+        with (
+            self._metrics.streams.track_inprogress(),
+            self._fleet.connected(device, request.timestamp_version),
+        ):
             while True:
                 newest = self._feed.current(request.root_version)
                 if newest != sent:
@@ -226,7 +229,7 @@ class EnrolmentService:
     """The one call of a device that has a token and no certificate yet."""
 
     def __init__(
-        self, enrolment: Enrolment, metrics: Metrics, enrolled: Callable[[], None]
+        self, enrolment: Enrolment, metrics: Metrics, enrolled: Callable[[str], None]
     ) -> None:
         self._enrolment, self._metrics, self._enrolled = enrolment, metrics, enrolled
 
@@ -251,7 +254,7 @@ class EnrolmentService:
             await context.abort(Code.UNAVAILABLE, "the server cannot store this: try later")
         self._metrics.enrolments.labels("enrolled").inc()
         log.info("enrolled %s", reply.device_id)
-        self._enrolled()
+        self._enrolled(reply.device_id)
         return bytes(to_wire(reply).SerializeToString())
 
 

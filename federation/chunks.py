@@ -41,6 +41,8 @@ class FileChunks:
         >>> [pb.Chunk.FromString(message).data for message in file.after(CHUNK + 1)]
         [b'z']
         """
+        if offset >= self.length:
+            return
         index, skip = divmod(offset, CHUNK)
         if skip:
             data = pb.Chunk.FromString(self.messages[index]).data

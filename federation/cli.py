@@ -39,6 +39,7 @@ fleet = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="List the devices; make enrolment tokens; revoke certificates.",
+    epilog="Example: airpeft fleet list",
 )
 
 
@@ -76,10 +77,7 @@ def server(
     """
     from federation.first_start import Passphrases
     from federation.server import ServerConfig, run
-    from federation.server import die_with_parent as follow_parent
 
-    if die_with_parent:
-        follow_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for noisy in ("alembic", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -96,6 +94,7 @@ def server(
                 passphrases=Passphrases(offline=_passphrase(passphrase_file)),
                 heartbeat_seconds=heartbeat_seconds,
                 new_admin_token=new_admin_token,
+                die_with_parent=die_with_parent,
             )
         )
 
@@ -209,7 +208,8 @@ def fleet_lagging(
     with plain_errors(), call_operator(home, url, token_file) as operator:
         devices = operator.devices()
     oldest = time.time() - hours * 3600
-    late = [d for d in devices if not d["revoked"] and (d["last_seen"] or 0) < oldest]
+    away = [d for d in devices if not d["revoked"] and not d["connected"]]
+    late = [d for d in away if (d["last_seen"] or 0) < oldest]
     show("devices", late, format, lambda: _print_devices(late, f"none for {hours:g} h"))
 
 
@@ -220,7 +220,7 @@ def _print_devices(devices: list[dict[str, Any]], empty: str = "") -> None:
             d["id"],
             "revoked" if d["revoked"] else "active",
             d["running"] or "(base)",
-            ago(d["last_seen"], now),
+            "connected" if d["connected"] else ago(d["last_seen"], now),
             d["inventory"].get("runtime", ""),
             " ".join(f"{key}={value}" for key, value in sorted(d["tags"].items())),
         )

@@ -5,10 +5,10 @@ The tree (each leaf stands beside the noun that raises it)::
     FederationError
     ├── StoreError          federation.store      the database cannot be opened or migrated
     ├── EnrolmentError      federation.enrolment  token or certificate request refused; has a reason
-    ├── ReportError         federation.fleet      a report that is not what it claims to be
+    ├── ReportError         federation.reports    a report that is not what it claims to be
     ├── UnknownDeviceError  federation.fleet      no such device
-    ├── RolloutError        federation.rollout    impossible rollout, or a verb in the wrong state
-    ├── ServerError         federation.server     the server cannot start; says what to do
+    ├── RolloutError        federation.waves      impossible rollout, or a verb in the wrong state
+    ├── ServerError         federation.first_start  the server cannot start; says what to do
     └── OperatorError       federation.client     the server answered no, or not at all
 
 and those of training (strategy, rounds, checkpoint) and of release (keys, repository, registry),

@@ -7,24 +7,22 @@ acknowledged again without effect. The exact signed bytes are kept.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from enum import StrEnum
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from sqlalchemy.dialects import sqlite
 
+from aggregation.durable import StorageError
 from federation import store as tables
 from federation.errors import FederationError
 from federation.orders import FAILURES, Observation
+from federation.reports import ReportError, check_report, consequences, keep_report
 from federation.rollout import Rollout
 from federation.store import Store
-from protos.errors import WireError
 from protos.messages import (
     DeviceEvent,
     Quality,
@@ -34,23 +32,9 @@ from protos.messages import (
     decode_report,
 )
 
+log = logging.getLogger("airpeft.federation.fleet")
+
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
-
-
-class ReportReason(StrEnum):
-    """Why a report was refused."""
-
-    MALFORMED = "malformed"
-    WRONG_DEVICE = "wrong-device"
-    SIGNATURE = "signature"
-
-
-class ReportError(FederationError):
-    """A report that is not what it claims to be."""
-
-    def __init__(self, reason: ReportReason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 class UnknownDeviceError(FederationError):
@@ -64,16 +48,24 @@ class Fleet:
         self._store = store
         self._serials: dict[str, str] = {}  # of active devices; read on every call of a device
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._streams: Counter[str] = Counter()
+        self._seen: dict[str, dict[str, Any]] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read again who is admitted."""
-        columns = (tables.devices.c.id, tables.devices.c.serial)
-        query = sa.select(*columns).where(tables.devices.c.revoked.is_(None))
-        with self._store.read() as connection:
+    def refresh(self, device_id: str | None = None) -> None:
+        """Read again who is admitted; one device, or all of them."""
+        table = tables.devices
+        query = sa.select(table.c.id, table.c.serial).where(table.c.revoked.is_(None))
+        if device_id is not None:
+            query = query.where(table.c.id == device_id)
+        with self._lock, self._store.read() as connection:
             serials = {row.id: row.serial for row in connection.execute(query)}
-        with self._lock:
-            self._serials = serials
+            if device_id is None:
+                self._serials = serials
+            else:
+                self._serials.pop(device_id, None)
+                self._serials.update(serials)
 
     def admits(self, device_id: str, serial: str) -> bool:
         """Whether this certificate belongs to an enrolled device and is not revoked."""
@@ -96,24 +88,26 @@ class Fleet:
             StorageError: nothing of the batch is durable.
         """
         new: list[Report] = []
+        news: dict[str, Any] = {}
         refused: ReportError | None = None
         with self._store.write() as connection:
             device = _device(connection, device_id)
             last = int(device["last_sequence"])
-            key = serialization.load_der_public_key(device["public_key"])
             for one in signed:
                 try:
-                    report = _checked(one, device_id, key)
+                    report = check_report(one, device_id, device["public_key"])
                 except ReportError as error:
                     refused = error
                     break
                 if report.sequence <= last:
                     continue
-                self._keep(connection, device, report, one)
+                keep_report(connection, report, one, self._store.clock())
+                device |= (changes := consequences(device, report))
+                news |= changes
                 last = report.sequence
                 new.append(report)
-            changes = {"last_sequence": last, "last_seen": self._store.clock()}
-            connection.execute(_update(device_id).values(changes))
+            news |= {"last_sequence": last, "last_seen": self._store.clock()}
+            connection.execute(_update(device_id).values(news))
         if refused is not None:
             raise refused
         return last, new
@@ -143,9 +137,10 @@ class Fleet:
 
     def devices(self) -> list[dict[str, Any]]:
         """All devices by name, the revoked ones too."""
+        self.flush()
         query = sa.select(tables.devices).order_by(tables.devices.c.id)
         with self._store.read() as connection:
-            return [_plain(dict(row)) for row in connection.execute(query).mappings()]
+            return [self._plain(dict(row)) for row in connection.execute(query).mappings()]
 
     def device(self, device_id: str) -> dict[str, Any]:
         """One device with its newest reports.
@@ -153,25 +148,56 @@ class Fleet:
         Raises:
             UnknownDeviceError: no such device.
         """
+        self.flush()
         table = tables.reports
         query = sa.select(table).where(table.c.device_id == device_id)
         query = query.order_by(table.c.sequence.desc()).limit(50)
         with self._store.read() as connection:
-            plain = _plain(_device(connection, device_id))
+            plain = self._plain(_device(connection, device_id))
             reports = [dict(row) for row in connection.execute(query).mappings()]
         for report in reports:
             report["detail"] = decode_report(report.pop("body")).detail
             del report["signature"]
         return {**plain, "reports": reports}
 
-    def saw(self, device_id: str, timestamp_version: int) -> None:
-        """A device opened its stream and says which metadata it has."""
-        changes: dict[str, Any] = {
-            "last_seen": self._store.clock(),
-            "timestamp_version": timestamp_version,
-        }
-        with self._store.write() as connection:
-            connection.execute(_update(device_id).values(changes))
+    @contextmanager
+    def connected(self, device_id: str, timestamp_version: int) -> Iterator[None]:
+        """While a device's stream is open, which also tells what metadata it has.
+
+        Kept in memory and written by :meth:`flush`: when a whole fleet reconnects at once, nobody
+        waits for the disk.
+        """
+        with self._lock:
+            self._streams[device_id] += 1
+            self._seen[device_id] = {
+                "last_seen": self._store.clock(),
+                "timestamp_version": timestamp_version,
+            }
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._streams[device_id] -= 1
+                seen = self._seen.setdefault(device_id, {})
+                seen["last_seen"] = self._store.clock()
+
+    def flush(self) -> None:
+        """Write what :meth:`connected` has gathered; on a full disk it stays in memory."""
+        with self._flushing:  # a reader flushes first, and must not overtake one in progress
+            with self._lock:
+                seen, self._seen = self._seen, {}
+            try:
+                self._write_seen(seen)
+            except StorageError as error:
+                log.error("when devices were seen is not stored: %s", error)
+                with self._lock:
+                    self._seen = {**seen, **self._seen}
+
+    def _write_seen(self, seen: Mapping[str, Mapping[str, Any]]) -> None:
+        if seen:
+            with self._store.write() as connection:
+                for device_id, changes in seen.items():
+                    connection.execute(_update(device_id).values(changes))
 
     def revoke(self, device_id: str, *, who: str, why: str) -> None:
         """Never admit this device again, and count it for nothing.
@@ -183,76 +209,13 @@ class Fleet:
             _device(connection, device_id)
             connection.execute(_update(device_id).values(revoked=self._store.clock()))
             self._store.log(connection, who, "revoke", device_id, why)
-        self.refresh()
+        self.refresh(device_id)
 
-    def _keep(
-        self, connection: sa.Connection, device: dict[str, Any], report: Report, one: SignedReport
-    ) -> None:
-        now = self._store.clock()
-        row = {
-            "device_id": report.device_id,
-            "sequence": report.sequence,
-            "received": now,
-            "event": report.event.value,
-            "release": report.release,
-            "rollout": report.rollout,
-            "reason": report.reason.value if report.reason else None,
-            "body": one.body,
-            "signature": one.signature,
-        }
-        connection.execute(tables.reports.insert().values(row))
-        changes = _consequences(device, report)
-        if changes:
-            device.update(changes)
-            connection.execute(_update(report.device_id).values(changes))
-        if report.event in OUTCOMES and report.rollout:
-            outcome = {
-                key: row[key] for key in ("device_id", "event", "release", "reason", "received")
-            } | {
-                "rollout": report.rollout,
-                "detail": report.detail,
-                "quality": asdict(report.quality) if report.quality else None,
-                "payload_bytes": report.payload_bytes,
-            }
-            _upsert_outcome(connection, outcome)
-
-
-def _checked(one: SignedReport, device_id: str, key: Any) -> Report:
-    try:
-        key.verify(one.signature, one.body, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        raise ReportError(
-            ReportReason.SIGNATURE, f"not signed by the key that {device_id} enrolled with"
-        ) from None
-    try:
-        report = decode_report(one.body)
-    except WireError as error:
-        raise ReportError(ReportReason.MALFORMED, str(error)) from error
-    if report.device_id != device_id:
-        raise ReportError(
-            ReportReason.WRONG_DEVICE, f"{device_id} sent a report of {report.device_id!r}"
-        )
-    return report
-
-
-def _consequences(device: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """What a report says about the device itself."""
-    changes: dict[str, Any] = {}
-    if report.event in (DeviceEvent.COMMITTED, DeviceEvent.STARTED):
-        if report.release != device["running"]:
-            changes |= {"running": report.release, "before": device["running"]}
-    elif report.event is DeviceEvent.REVERTED and report.release == device["running"]:
-        changes |= {"running": device["before"], "before": ""}
-    if report.health is not None:
-        changes["health"] = asdict(report.health)
-    return changes
-
-
-def _upsert_outcome(connection: sa.Connection, outcome: dict[str, Any]) -> None:
-    key = ["rollout", "device_id", "release"]
-    insert = sqlite.insert(tables.outcomes).values(outcome)
-    changes = {name: value for name, value in outcome.items() if name not in key}
-    connection.execute(insert.on_conflict_do_update(index_elements=key, set_=changes))
+    def _plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A device for people: without keys, and with whether its stream is open."""
+        hidden = {"certificate", "public_key"}
+        plain = {key: value for key, value in row.items() if key not in hidden}
+        return {**plain, "connected": self._streams[str(row["id"])] > 0}
 
 
 def _observation(row: Mapping[str, Any], rollout: Rollout) -> Observation:
@@ -278,8 +241,3 @@ def _device(connection: sa.Connection, device_id: str) -> dict[str, Any]:
 
 def _update(device_id: str) -> sa.Update:
     return tables.devices.update().where(tables.devices.c.id == device_id)
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = {"certificate", "public_key"}
-    return {key: value for key, value in row.items() if key not in hidden}

@@ -1,10 +1,15 @@
-"""What a rollout tells the fleet, and what it hears back; values without behaviour."""
+"""What a rollout tells the fleet, and what it hears back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from protos import signed
 from protos.messages import DeviceEvent, Quality, RejectReason
+
+REASON_MAX = 1_000  # characters of a reason inside signed metadata
 
 # Refusals that speak of the way to a device or of its clock, not of the release.
 NOT_THE_RELEASE = frozenset(
@@ -46,6 +51,28 @@ class Orders:
     salt: str
     assignments: tuple[Assignment, ...]
     reason: str
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, Any]) -> Orders:
+        """The orders that :func:`dataclasses.asdict` wrote."""
+        assignments = tuple(
+            Assignment(item["basis_points"], Target(**item["target"]))
+            for item in fields["assignments"]
+        )
+        return cls(fields["salt"], assignments, fields["reason"])
+
+    def to_document(self, sequence: int, rollout: str) -> signed.RoundDocument:
+        """As the online key signs it."""
+        return signed.RoundDocument(
+            sequence=sequence,
+            rollout=rollout,
+            salt=self.salt,
+            assignments=tuple(
+                signed.Assignment(one.basis_points, one.target.path, one.target.sha256)
+                for one in self.assignments
+            ),
+            reason=self.reason[:REASON_MAX],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

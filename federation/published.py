@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ class ReleaseRecord:
     def path(self) -> str:
         """Its file in the repository, which devices ask for."""
         return payload_path(self.target, self.sha256)
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """When a role's current file stops being believed; offline ones must be renewed by people."""
+
+    role: str
+    version: int
+    expires: datetime
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,18 @@ from federation.cli_support import (
     show_table,
 )
 from federation.keys_cli import keys
+from federation.release_source import (
+    Copy,
+    Home,
+    TokenFile,
+    Url,
+    current_adapters,
+    known_releases,
+    server,
+)
 from federation.release_words import accuracy, day, epsilon, show_release
 
 if TYPE_CHECKING:
-    from federation.client import OperatorClient
     from federation.keys import Signer
     from federation.verification import RoleSeal
     from protos.signed import Evaluation
@@ -57,15 +65,6 @@ class Dtype(StrEnum):
     INT8 = "int8"
 
 
-Home = Annotated[Path | None, typer.Option("--home", help="Home of a server on this machine.")]
-Url = Annotated[str | None, typer.Option("--url", help="Address of a server's API.")]
-TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", help="File with the operator's token, for --url.")
-]
-Copy = Annotated[
-    Path | None,
-    typer.Option("--repository", help="A repository's folder or a copy, instead of a server."),
-]
 Request = Annotated[Path, typer.Argument(help="Folder of the request.")]
 
 
@@ -111,7 +110,7 @@ def make(
             base_digest=base_digest,
             evaluation=_evaluation(evaluation),
         )
-        current = _current(home, url, token_file, repository)
+        current = current_adapters(home, url, token_file, repository)
         request = make_request(
             adapter, out, adapters=current, options=options, now=datetime.now(UTC)
         )
@@ -174,7 +173,7 @@ def publish(
     with errors():
         metadata, payload = assemble(request, signature or ())
         record = read_request(request).record
-        with _server(home, url, token_file) as operator:
+        with server(home, url, token_file) as operator:
             operator.publish_release(metadata, payload)
     show_release(output, describe(record))
 
@@ -189,7 +188,7 @@ def list_releases(
 ) -> None:
     """List the releases that the adapter keys vouch for."""
     with errors():
-        rows = _releases(home, url, token_file, repository)
+        rows = known_releases(home, url, token_file, repository)
     if output is Format.JSON:
         show_json("releases", rows)
         return
@@ -230,7 +229,7 @@ def show(
             request = read_request(Path(name))
             data = {**describe(request.record), "signed_by": signed_so_far(Path(name))}
         else:
-            rows = _releases(home, url, token_file, repository)
+            rows = known_releases(home, url, token_file, repository)
             found = [row for row in rows if row["release"] == name]
             if not found:
                 known = ", ".join(row["release"] for row in rows[-5:]) or "none yet"
@@ -292,40 +291,6 @@ def _seal(seal: RoleSeal) -> dict[str, Any]:
         "expires": seal.expires.isoformat(),
         "expired": seal.expired,
     }
-
-
-def _server(home: Path | None, url: str | None, token_file: Path | None) -> OperatorClient:
-    from federation.client import OperatorClient
-
-    if home is not None:
-        return OperatorClient.of_home(home)
-    if url is None or token_file is None:
-        fail("say which server: --home DIR, or --url URL with --token-file FILE", 2)
-        raise AssertionError
-    return OperatorClient(url, token_file.read_text().strip())
-
-
-def _current(
-    home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
-) -> bytes:
-    from federation.repository import Repository
-
-    if repository is not None:
-        return Repository(repository).adapters()
-    with _server(home, url, token_file) as operator:
-        return operator.adapters()[1]
-
-
-def _releases(
-    home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
-) -> list[dict[str, Any]]:
-    """What the adapter keys vouch for, read from the signed metadata itself."""
-    from federation.published import parse_metadata, read_releases
-    from federation.release import describe
-
-    data = _current(home, url, token_file, repository)
-    metadata = parse_metadata(data, "the adapters metadata")
-    return [describe(record) for record in read_releases(metadata.signed)]
 
 
 def _signer(path: Path, passphrase_file: Path | None) -> Signer:

@@ -22,7 +22,6 @@ import hashlib
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from federation.admission import check_adapters
 from federation.founding import first_files
 from federation.keys import THRESHOLD, Signer
 from federation.published import (
+    Expiry,
     NotFoundError,
     Published,
     PublishError,
@@ -43,6 +43,7 @@ from protos.messages import MetadataBundle
 from protos.signed import ADAPTERS_ROLE, CURRENT_ROUND, ROUNDS_ROLE, RoundDocument, payload_path
 
 __all__ = [
+    "Expiry",
     "NotFoundError",
     "PublishError",
     "ReleaseRecord",
@@ -52,15 +53,6 @@ __all__ = [
 
 OLD_VERSIONS_KEPT = 16
 _METADATA_NAME = re.compile(r"(timestamp|[0-9]{1,16}\.[a-z][a-z0-9-]{0,40})\.json\Z", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Expiry:
-    """When a role's current file stops being believed; offline ones must be renewed by people."""
-
-    role: str
-    version: int
-    expires: datetime
 
 
 class Repository:

@@ -38,6 +38,7 @@ from enum import StrEnum
 from typing import Any
 
 from federation.orders import Assignment, Observation, Orders, Target
+from federation.policy import Policy
 from federation.waves import RolloutError, Wave, check_waves, choose_salt, reach
 from protos.messages import BUCKETS, bucket
 
@@ -75,35 +76,6 @@ ALLOWED: Mapping[Verb, frozenset[State]] = {
     Verb.ABORT: frozenset({State.DRAFT, State.RUNNING, State.PAUSED}),
     Verb.ROLLBACK: frozenset({State.RUNNING, State.PAUSED, State.DONE}),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """When to go on and when to stop.
-
-    Attributes:
-        max_failures: devices that may fail before the rollout halts.
-        quality_tolerance: how far the mean accuracy on the devices' own data may drop, in 0..1.
-        bake_seconds: wait between the last device of a wave settling and the next wave.
-        deadline_seconds: a device silent for so long after its wave began no longer blocks.
-    """
-
-    max_failures: int = 0
-    quality_tolerance: float = 0.02
-    bake_seconds: float = 0.0
-    deadline_seconds: float = 3600.0
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_failures (0 or more)": self.max_failures >= 0,
-            "quality_tolerance (0 to 1)": 0 <= self.quality_tolerance <= 1,
-            "bake_seconds (0 or more)": 0 <= self.bake_seconds < float("inf"),
-            "deadline_seconds (above 0)": 0 < self.deadline_seconds < float("inf"),
-        }
-        for name, holds in checks.items():
-            if not holds:
-                given = getattr(self, name.split(" ")[0])
-                raise RolloutError(f"policy: {name} cannot be {given!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ rollout = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="Start, watch, pause, resume, abort and roll back rollouts.",
+    epilog="Example: airpeft rollout start stable-3 --wave 1 --wave 100%",
 )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -58,6 +57,7 @@ class ServerConfig:
         tick_seconds: how often rollouts are looked at when nothing happens.
         heartbeat_seconds: on idle Watch streams.
         new_admin_token: replace the operator's token.
+        die_with_parent: end when the starting process ends.
     """
 
     home: Path
@@ -71,6 +71,7 @@ class ServerConfig:
     tick_seconds: float = 1.0
     heartbeat_seconds: float = 60.0
     new_admin_token: bool = False
+    die_with_parent: bool = False
 
 
 def run(config: ServerConfig) -> None:
@@ -96,6 +97,9 @@ async def _main(config: ServerConfig) -> None:
         loop.add_signal_handler(one, stop.set)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(parts.store.close)
+        if config.die_with_parent:
+            following = asyncio.create_task(_follow_parent(stop))
+            stack.push_async_callback(_cancel, following)
         await _serve(config, parts, stack)
         await stop.wait()
         log.info("stopping")
@@ -269,10 +273,14 @@ def _dialled(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent ends (Linux; elsewhere nothing happens)."""
+async def _follow_parent(stop: asyncio.Event) -> None:
+    """End when the process that started this one has ended.
+
+    Asked twice a second and not left to the kernel's parent-death signal, which also fires when
+    only the thread that started us has ended.
+    """
     parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before the kernel was asked
-        os.kill(os.getpid(), signal.SIGTERM)
+    while os.getppid() == parent:
+        await asyncio.sleep(0.5)
+    log.info("the starting process has ended")
+    stop.set()

@@ -22,15 +22,15 @@ import sqlalchemy as sa
 from aggregation.durable import StorageError
 from federation import store as tables
 from federation.fleet import Fleet
-from federation.orders import BASE, Assignment, Orders, Target
+from federation.orders import BASE, Orders, Target
+from federation.policy import Policy
 from federation.repository import PublishError, Repository
 from federation.roles import LIFETIME
-from federation.rollout import ACTIVE, Decision, Policy, Rollout, State, Verb, act, decide
+from federation.rollout import ACTIVE, Decision, Rollout, State, Verb, act, decide
 from federation.store import Store
 from federation.waves import RolloutError, Wave
-from protos import signed
 
-REASON_MAX = 500  # characters of an operator's or the policy's words inside signed metadata
+REASON_MAX = 500  # characters of an operator's words
 STEPS_MAX = 16  # of one rollout in one tick; the longest chain is shorter
 
 log = logging.getLogger("airpeft.federation.ticker")
@@ -151,14 +151,16 @@ class Ticker:
         """
         with self._lock:
             self._publish()
-            for record in self.records():
-                if record.rollout.state in ACTIVE:
-                    self._advance(record.rollout)
+            for record in self.records(active=True):
+                self._advance(record.rollout)
+            self._fleet.flush()
             self._keep_fresh()
 
-    def records(self) -> list[RolloutRecord]:
-        """All rollouts, newest first."""
+    def records(self, *, active: bool = False) -> list[RolloutRecord]:
+        """All rollouts, newest first; or only those under way."""
         query = sa.select(tables.rollouts).order_by(tables.rollouts.c.number.desc())
+        if active:
+            query = query.where(tables.rollouts.c.state.in_([state.value for state in ACTIVE]))
         with self._store.read() as connection:
             return [_record(row) for row in connection.execute(query)]
 
@@ -233,7 +235,7 @@ class Ticker:
             return
         try:
             if row.sequence > self._repository.round().sequence:
-                document = _document(row.sequence, row.rollout, _orders(row.orders))
+                document = Orders.from_mapping(row.orders).to_document(row.sequence, row.rollout)
                 self._repository.publish_round(document, now=self._now())
         except (PublishError, StorageError) as error:
             if str(error) != self.trouble:
@@ -282,23 +284,3 @@ def _row(rollout: Rollout, now: float) -> dict[str, Any]:
 
 def _record(row: Any) -> RolloutRecord:
     return RolloutRecord(Rollout.from_mapping(row.body), row.created, row.updated)
-
-
-def _orders(fields: dict[str, Any]) -> Orders:
-    assignments = tuple(
-        Assignment(item["basis_points"], Target(**item["target"])) for item in fields["assignments"]
-    )
-    return Orders(fields["salt"], assignments, fields["reason"])
-
-
-def _document(sequence: int, rollout: str, orders: Orders) -> signed.RoundDocument:
-    return signed.RoundDocument(
-        sequence=sequence,
-        rollout=rollout,
-        salt=orders.salt,
-        assignments=tuple(
-            signed.Assignment(one.basis_points, one.target.path, one.target.sha256)
-            for one in orders.assignments
-        ),
-        reason=orders.reason[: 2 * REASON_MAX],
-    )

@@ -207,8 +207,8 @@ class Ledger:
 
     def clients(self) -> tuple[str, ...]:
         """Names of all clients that ever spent, sorted."""
+        query = sql.select(_events.c.client).distinct().order_by(_events.c.client)
         with self._transaction("BEGIN") as connection:
-            query = sql.select(_events.c.client).distinct().order_by(_events.c.client)
             return tuple(connection.execute(query).scalars())
 
     def table(self, client: str | None = None) -> list[Entry]:

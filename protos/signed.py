@@ -98,6 +98,16 @@ class Assignment:
         """Whether it means the base model without an adapter."""
         return not self.target and not self.sha256
 
+    @classmethod
+    def from_custom(cls, doc: Any) -> Assignment:
+        """From JSON objects.
+
+        Raises:
+            StatementError: a field is missing or wrong.
+        """
+        doc = check_object("assignment", doc)
+        return cls(doc.get("basis_points"), doc.get("target"), doc.get("sha256"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundDocument:
@@ -154,15 +164,11 @@ class RoundDocument:
         items = doc["assignments"]
         if not isinstance(items, list) or len(items) > MAX_ASSIGNMENTS:
             raise StatementError(f"assignments must be a list of at most {MAX_ASSIGNMENTS}")
-        rows = [check_object("assignment", item) for item in items]
         return cls(
             sequence=doc["sequence"],
             rollout=doc["rollout"],
             salt=doc["salt"],
-            assignments=tuple(
-                Assignment(r.get("basis_points"), r.get("target"), r.get("sha256"))  # type: ignore[arg-type]
-                for r in rows
-            ),
+            assignments=tuple(Assignment.from_custom(item) for item in items),
             reason=doc.get("reason", ""),
         )
 

@@ -94,23 +94,24 @@ def check_document(
     Raises:
         StatementError: another schema, a missing field, or a critical one that is not known.
     """
-    required, optional = fields
-    doc = check_object(f"the {what}'s custom field", doc)
-    if type(doc.get("schema")) is not int or doc["schema"] != SCHEMA:
-        raise StatementError(f"{what}: schema {str(doc.get('schema'))[:20]} is not {SCHEMA}")
-    missing = sorted(required - doc.keys())
+    required, optional_ones = fields
+    found = check_object(f"the {what}'s custom field", doc)
+    if type(found.get("schema")) is not int or found["schema"] != SCHEMA:
+        raise StatementError(f"{what}: schema {str(found.get('schema'))[:20]} is not {SCHEMA}")
+    missing = sorted(required - found.keys())
     if missing:
         raise StatementError(f"{what}: missing {', '.join(missing)}")
-    critical = doc.get("critical", [])
-    if not isinstance(critical, list) or len(critical) > 64:
+    critical = found.get("critical", [])
+    named = isinstance(critical, list) and all(isinstance(name, str) for name in critical)
+    if not named or len(critical) > 64:
         raise StatementError(f"{what}: critical must be a short list of field names")
-    unknown = [str(c)[:40] for c in critical if c not in required and c not in optional]
+    unknown = [c[:40] for c in critical if c not in required and c not in optional_ones]
     if unknown:
         raise StatementError(
             f"{what}: this version does not know {', '.join(unknown)}, which must be understood; "
             "update the agent"
         )
-    return doc
+    return found
 
 
 def check_object(what: str, doc: Any) -> dict[str, Any]:

@@ -55,9 +55,9 @@ class PrivacyClaim:
         """
         doc = check_object("privacy", doc)
         return cls(
-            epsilon_micro=doc.get("epsilon_micro"),  # type: ignore[arg-type]  # checked above
-            delta_e12=doc.get("delta_e12"),  # type: ignore[arg-type]
-            unit=doc.get("unit"),  # type: ignore[arg-type]
+            epsilon_micro=doc.get("epsilon_micro"),
+            delta_e12=doc.get("delta_e12"),
+            unit=doc.get("unit"),
         )
 
 
@@ -121,9 +121,9 @@ class Evaluation:
         """
         doc = check_object("evaluation", doc)
         return cls(
-            set=doc.get("set"),  # type: ignore[arg-type]  # checked above
-            accuracy_micro=doc.get("accuracy_micro"),  # type: ignore[arg-type]
-            examples=doc.get("examples"),  # type: ignore[arg-type]
+            set=doc.get("set"),
+            accuracy_micro=doc.get("accuracy_micro"),
+            examples=doc.get("examples"),
         )
 
 

@@ -14,6 +14,7 @@ says so in the summary, and the command ends with status 1.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,7 @@ class Demo:
     def _trained(self, event: Event) -> None:
         self.view.training(event)
         if isinstance(event, Prepared):
+            log_to(event.out / "logs" / "demo.log")
             self._start_fleet(event)
         elif isinstance(event, RoundDone) and event.round > 0:
             half = (self.options.scenario.federation.rounds + 1) // 2
@@ -280,6 +282,19 @@ class Demo:
         """No more requests."""
         if self._traffic is not None:
             self._traffic.stop()
+
+
+def log_to(path: Path) -> None:
+    """Send this process's log to a file and nowhere else: the screen belongs to the view."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    root = logging.getLogger()
+    for logger in (root, logging.getLogger("flwr")):  # Flower brings a handler of its own
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+    root.addHandler(handler)
+    logging.getLogger("airpeft").setLevel(logging.INFO)
 
 
 def deal(heldout: Path, folder: Path, devices: int, examples: int) -> list[DevicePlan]:

@@ -164,6 +164,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     from clients.client_app import resident
 
+    _log_to_console()
     scenario = _scenario(
         context,
         clients=len(
@@ -176,6 +177,16 @@ def main(grid: Grid, context: Context) -> None:
         run = folder.prepare(scenario, where)
         trainer = resident(run.scenario.base.name, run.ledger, False, 1)
         serve(grid, run, trainer, folder.SIMULATED, _tell)
+
+
+def _log_to_console() -> None:
+    """Flower streams what an app prints, and sets up no logger but its own."""
+    ours = logging.getLogger("airpeft")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("airpeft: %(message)s"))
+        ours.addHandler(handler)
 
 
 def _scenario(context: Context, clients: int) -> Scenario:

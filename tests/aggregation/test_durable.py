@@ -28,10 +28,12 @@ def deadly(real):
         calls += 1
         if calls == int(fatal) and moment == "before":
             os._exit(9)
-        result = real(*args, **kwargs)
-        if calls == int(fatal):
-            os._exit(9)
-        return result
+        mine = calls
+        try:
+            return real(*args, **kwargs)
+        finally:
+            if mine == int(fatal):
+                os._exit(9)
     return call
 
 for module, names in ((os, ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "open")),
@@ -110,6 +112,7 @@ def test_a_folder_is_old_or_new_whenever_the_writer_is_killed(
         assert code == 9
     assert OLD in seen
     assert NEW in seen
+    assert fatal > 15
     assert seen == sorted(seen, key=lambda found: found == NEW)  # new once, new from there on
 
 

@@ -86,7 +86,7 @@ def test_plain_training_is_what_a_loop_over_single_examples_would_do(
     for (key, slot), grad in zip(slots.items(), grads, strict=True):
         expected = (slot - 0.5 * grad).detach().numpy()
         assert np.allclose(found.adapter.tensors[key], expected, atol=1e-5), key
-    assert found.metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert found.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_private_training_spends_first_and_tells_nothing(
@@ -176,12 +176,17 @@ def test_a_devices_noise_is_its_own_and_repeats_only_for_the_same_inputs(
     assert update(mine, replace(one, seed=6)).adapter.digest == digest  # the server's seed is moot
     assert update(theirs, one).adapter.digest != digest
     # The same round from another start is another release: it is spent again.
-    moved = Adapter(one.adapter.spec, {k: v + 0.01 for k, v in one.adapter})
-    update(mine, replace(one, adapter=moved))
+    moved = Adapter(one.adapter.spec, {k: v + 1e-6 for k, v in one.adapter})
+    after = update(mine, replace(one, adapter=moved)).adapter
     assert ledger.head().count == 2
+    # And with noise of its own: the difference of the two would else give the gradients away.
+    before = update(mine, one).adapter
+    assert float(np.abs(after.pack() - before.pack()).max()) > 1e-2
 
 
-def test_data_may_be_a_file(trainer: ResidentTrainer, base: BaseRef, data_file: Path, examples: Examples) -> None:  # fmt: skip
+def test_data_may_be_a_file(
+    trainer: ResidentTrainer, base: BaseRef, data_file: Path, examples: Examples
+) -> None:
     by_path = update(trainer, job(base, DataSource(data_file)))
     by_value = update(trainer, job(base, examples))
     assert by_path.adapter.digest == by_value.adapter.digest
@@ -200,7 +205,6 @@ def test_data_may_be_a_file(trainer: ResidentTrainer, base: BaseRef, data_file: 
             {"privacy": PRIVATE, "plan": TrainingPlan(batch_size=61)},
             JobFault.BAD_PLAN,
         ),
-        ({"plan": TrainingPlan(optimizer="sgd", learning_rate=100.0, steps=99, sample_rate=1.0)}, None),
     ],
 )  # fmt: skip
 def test_a_job_that_cannot_be_done_has_a_fault_and_stops_no_other(
@@ -208,9 +212,8 @@ def test_a_job_that_cannot_be_done_has_a_fault_and_stops_no_other(
 ) -> None:
     bad = replace(job(base, examples), **change)
     results = trainer.train([bad, job(base, examples, client="bob")])
-    if fault is not None:
-        assert isinstance(results[0], JobFailure)
-        assert results[0].fault is fault
+    assert isinstance(results[0], JobFailure)
+    assert results[0].fault is fault
     assert isinstance(results[1], Update)
     assert results[1].client == "bob"
 

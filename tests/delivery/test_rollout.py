@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federation.orders import BASE, Observation, Orders, Target
-from federation.rollout import ALLOWED, Policy, Rollout, State, Verb, act, decide
+from federation.policy import Policy
+from federation.rollout import ALLOWED, Rollout, State, Verb, act, decide
 from federation.waves import RolloutError, Wave, choose_salt, reach
 from protos.messages import BUCKETS, DeviceEvent, Quality, RejectReason, bucket
 

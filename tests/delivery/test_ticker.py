@@ -21,9 +21,10 @@ from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, open_repository
 from federation.fleet import Fleet
 from federation.orders import BASE
+from federation.policy import Policy
 from federation.published import NotFoundError
 from federation.repository import Repository
-from federation.rollout import Policy, Rollout, State, Verb
+from federation.rollout import Rollout, State, Verb
 from federation.store import Store
 from federation.ticker import NoRolloutError, Ticker
 from federation.waves import RolloutError, Wave

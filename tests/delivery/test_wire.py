@@ -198,8 +198,13 @@ def test_the_bundle_comes_at_once_then_every_change_and_heartbeats(
         server.publish(7, b"another", channel="pushed")
         until(lambda: len(watcher.bundles) > 1, what="the change")
         assert watcher.bundles[-1].files["timestamp.json"] != files["timestamp.json"]
+        with server.operator() as operator:
+            known = operator.device(device.name)
+            assert known["timestamp_version"] == 3  # what the watcher said
+            assert known["connected"]
     with server.operator() as operator:
-        assert operator.device(device.name)["timestamp_version"] == 3  # what the watcher said
+        until(lambda: not operator.device(device.name)["connected"], what="the stream's end")
+        assert operator.device(device.name)["last_seen"] >= known["last_seen"]
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def kill_before(step: int) -> None:
 
 
 def main(folder: Path, keep: bool) -> None:
+    install(folder / "start", "older", b"x" * 10)
+    install(folder / "start", "old", OLD)
     for step in range(1, 200):
-        home = folder / str(step)
-        install(home, "older", b"x" * 10)
-        install(home, "old", OLD)
+        home = shutil.copytree(folder / "start", folder / str(step))
         child = os.fork()
         if child == 0:
             kill_before(step)

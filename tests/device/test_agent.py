@@ -79,6 +79,7 @@ def test_installs_probes_commits_and_says_so(gateway, device, runtime, adapters,
         assert report.quality.examples == len(held_out.texts)
         assert report.quality.latency_ms_after > 0
         assert report.health.process_memory_bytes > 0
+        assert report.payload_bytes == record.length
         done = [*OPEN, DeviceEvent.COMMITTED]
         assert events(gateway, "stable-1") == done
         assert running.runtime.pin().digest == adapters[0].digest
@@ -155,6 +156,7 @@ def test_rollback_is_not_vetoed_and_needs_no_download(gateway, device, runtime, 
         gateway.order(old, rollout="r3")
         report = gateway.heard(DeviceEvent.COMMITTED, "stable-1", rollout="r3")
         assert report.quality.accuracy_after == 0.0, "measured and told, not refused"
+        assert report.payload_bytes == 0
         assert len(gateway.fetches) == fetched
 
 

@@ -200,7 +200,7 @@ def test_enrolling_again_after_a_lost_answer_gives_the_same_device(gateway, home
 
 def test_help_has_examples_and_needs_no_engine():
     code = (
-        "import sys; from typer.testing import CliRunner; from clients.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from clients.cli import device as app\n"
         "out = CliRunner().invoke(app, ['run', '--help']).output\n"
         "assert 'Example: airpeft device run' in out, out\n"
         "import clients.agent, clients.device\n"

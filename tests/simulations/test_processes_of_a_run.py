@@ -45,19 +45,19 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def test_killed_in_the_middle_a_run_ends_the_same(world: Path, tmp_path: Path) -> None:
-    process = start(world, tmp_path / "run", "--workers", "0", "--set", "federation.rounds=40")
+    process = start(world, tmp_path / "run", "--workers", "0", "--set", "federation.rounds=25")
     try:
         until(lambda: rounds_done(tmp_path / "run") >= 3, 90, what="two rounds")
     finally:
         process.kill()
         process.communicate()
-    assert rounds_done(tmp_path / "run") < 41, "the run was over before it could be killed"
-    scenario = world_scenario(world, "federation.rounds=40")
+    assert rounds_done(tmp_path / "run") < 26, "the run was over before it could be killed"
+    scenario = world_scenario(world, "federation.rounds=25")
     resumed = simulate(scenario, tmp_path / "run")
     whole = simulate(scenario, tmp_path / "whole")
     assert resumed.adapter.digest == whole.adapter.digest
     entries = [(e.client, e.round) for e in Ledger(tmp_path / "run" / "ledger.sqlite").table()]
-    assert len(entries) == len(set(entries)) == 3 * 40
+    assert len(entries) == len(set(entries)) == 3 * 25
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_any_number_of_workers_gives_the_same_adapter(world: Path, tmp_path: Pat
 def test_no_worker_outlives_the_run_and_the_run_goes_on(
     world: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    rounds = ["--set", "federation.rounds=60"]
+    rounds = ["--set", "federation.rounds=30"]
     process = start(world, tmp_path / "run", "--workers", "2", *rounds)
     try:
         until(lambda: rounds_done(tmp_path / "run") >= 2, 120, what="a round")
@@ -92,7 +92,7 @@ def test_no_worker_outlives_the_run_and_the_run_goes_on(
     output, errors = again.communicate(timeout=180)
     assert again.returncode == 0, errors
     assert "going on after round" in errors
-    whole = simulate(world_scenario(world, "federation.rounds=60"), tmp_path / "whole")
+    whole = simulate(world_scenario(world, "federation.rounds=30"), tmp_path / "whole")
     assert json.loads(output)["data"]["adapter"]["digest"] == whole.adapter.digest
 
 
@@ -100,7 +100,7 @@ def test_no_worker_outlives_the_run_and_the_run_goes_on(
 def test_a_worker_that_dies_is_replaced_and_its_client_is_left_out_at_most_once(
     world: Path, tmp_path: Path
 ) -> None:
-    rounds = ["--set", "federation.rounds=60"]
+    rounds = ["--set", "federation.rounds=30"]
     process = start(world, tmp_path / "run", "--workers", "2", *rounds)
     try:
         until(lambda: rounds_done(tmp_path / "run") >= 2, 120, what="a round")

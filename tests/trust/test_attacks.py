@@ -589,6 +589,7 @@ def test_too_many_files(publisher: Publisher, first: Device) -> None:
         {"salt": None},
         {"critical": ["not_before"], "not_before": 5},
         {"critical": "x"},
+        {"critical": [["x"]]},
     ],
 )
 def test_a_round_that_is_not_one(

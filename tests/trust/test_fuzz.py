@@ -147,7 +147,7 @@ def _paths(doc: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @QUIET
-@given(path=st.sampled_from(list(_paths(FULL.to_custom()))), value=JSON)
+@given(path=st.sampled_from([*_paths(FULL.to_custom()), ("critical",)]), value=JSON)
 def test_a_statement_with_any_field_replaced_is_read_or_refused(
     path: tuple[Any, ...], value: Any
 ) -> None:
