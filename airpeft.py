@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
+import typer.core
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
@@ -82,7 +82,13 @@ def load(name: str) -> click.Command:
     return command
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # a traceback is for developers, and theirs is the plain one
+)
 
 
 def _version(wanted: bool) -> None:
@@ -109,8 +115,10 @@ def main() -> None:
     """Entry point of the ``airpeft`` command."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # Typer 0.20 escapes brackets for rich even on help pages that rich does not draw.
+    typer.core.HAS_RICH = False
     app(prog_name="airpeft")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,10 @@ device = typer.Typer(
     name="device",
     help="Run a device: it serves predictions and keeps its adapter up to date.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
+    epilog="Example: airpeft device enrol enrol.json --home ./device-1, then airpeft device run "
+    "--home ./device-1. Exit codes: 0 done, 1 server unreachable or refusing, 2 bad input.",
 )
 
 Home = Annotated[Path, typer.Option("--home", help="The device's home folder.")]
@@ -110,7 +113,7 @@ def run(
 
 @device.command(epilog="Example: airpeft device status --home ./device-1 --format json")
 def status(home: Home, output: FormatOption = Format.TABLE) -> None:
-    """What serves, whether the fleet is reachable, what was reported last."""
+    """Show what serves, and whether the fleet is reached."""
     from clients.device import read_status
 
     with _errors():

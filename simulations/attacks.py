@@ -17,6 +17,7 @@ import numpy as np
 
 from aggregation import peft_layout
 from aggregation.adapter import Adapter
+from protos.signed import payload_path
 from simulations.processes import wait_for
 from simulations.scenario import Scenario
 
@@ -31,7 +32,8 @@ PARITY = 1e-4
 def tampered_payload(demo: Demo, adapter: Adapter) -> Attack:
     """Publish an honest release, then change one bit of its payload on the server's disk."""
     release = _publish(demo, _scaled(adapter, 1.01), "tampered")
-    path = demo.fleet.server_home / "repository" / str(release["path"])
+    stored = payload_path(str(release["target"]), str(release["sha256"]))
+    path = demo.fleet.server_home / "repository" / stored
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from simulations.demo import DemoResult
 
 SCHEMA = "airpeft.v1.demo"
+NUMERIC = ("base alone", "release 1", "release 2", "bytes", "requests", "failed")
 
 
 def document(result: DemoResult) -> dict[str, Any]:
@@ -29,8 +31,8 @@ def document(result: DemoResult) -> dict[str, Any]:
             "accuracy": {"before": first["accuracy"], "after": last["accuracy"]},
             "examples": last["examples"],
             "epsilon": last["epsilon_max"],
-            "delta": run.privacy.get("delta"),
-            "unit": run.privacy.get("unit"),
+            "delta": _example(result).get("delta"),
+            "unit": _example(result).get("unit"),
             "bytes_per_client_and_round": _each_way(last),
             "devices": result.devices,
             "releases": result.releases,
@@ -136,8 +138,9 @@ def _table(title: str, *columns: str) -> Table:
         padding=(0, 2),
     )
     for column in columns:
-        numeric = column in ("base alone", "release 1", "release 2", "bytes", "requests", "failed")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+        numeric = column in NUMERIC
+        plain = column == "what happened" or not column
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=not plain)
     return table
 
 
@@ -146,8 +149,14 @@ def _each_way(last: dict[str, Any]) -> int:
 
 
 def _delta(result: DemoResult) -> str:
-    delta = result.run.privacy.get("delta")
+    delta = _example(result).get("delta")
     return f"{delta:.0e}" if isinstance(delta, float) else "?"
+
+
+def _example(result: DemoResult) -> Mapping[str, Any]:
+    """The example-level part of the privacy statement; empty if trained without privacy."""
+    part = result.run.privacy.get("example")
+    return part if isinstance(part, Mapping) else {}
 
 
 def _share(value: float | None) -> str:

@@ -183,7 +183,7 @@ def _log_to_console() -> None:
     """Flower streams what an app prints, and sets up no logger but its own."""
     ours = logging.getLogger("airpeft")
     ours.setLevel(logging.INFO)
-    if not ours.handlers:
+    if not ours.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("airpeft: %(message)s"))
         ours.addHandler(handler)
