@@ -97,7 +97,10 @@ def _on_ray(run: Run, progress: Callable[[Event], None]) -> RunResult:
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
+    from flwr.supercore import telemetry
 
+    # Flower reads the variable when it is first imported, which may have been before.
+    telemetry.FLWR_TELEMETRY_ENABLED = os.environ["FLWR_TELEMETRY_ENABLED"]
     done: list[RunResult] = []
     failed: list[BaseException] = []
     server_app = ServerApp()
