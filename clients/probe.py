@@ -84,11 +84,13 @@ class Measurement:
         examples: how many were used.
         accuracy: share answered with the right class, 0 to 1.
         latency_ms: median of a few single requests.
+        right: for each example, whether it was answered rightly; empty if nothing was asked.
     """
 
     examples: int
     accuracy: float
     latency_ms: float
+    right: tuple[bool, ...] = ()
 
 
 def self_test(runtime: Runtime, version: AdapterVersion) -> None:
@@ -127,15 +129,15 @@ def measure(
     truth = held_out.truth(version.labels)
     if truth is None or not held_out.texts:
         return None
-    right = 0
+    right: list[bool] = []
     for start in range(0, len(truth), batch):
         texts = held_out.texts[start : start + batch]
         answers = runtime.run([Request(text, version) for text in texts])
         for prediction, expected in zip(answers, truth[start:], strict=False):
             _check(prediction, version)
-            right += prediction.label == expected
+            right.append(prediction.label == expected)
     latency = measure_latency(runtime, version, held_out, clock=clock)
-    return Measurement(len(truth), right / len(truth), latency)
+    return Measurement(len(truth), sum(right) / len(truth), latency, tuple(right))
 
 
 def measure_latency(

@@ -68,7 +68,7 @@ class DemoOptions:
     scenario: Scenario
     out: Path
     devices: int = 5
-    heldout: int = 120
+    heldout: int = 200
     workers: int = 2
 
 

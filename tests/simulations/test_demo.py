@@ -16,10 +16,12 @@ from aggregation import peft_layout
 from tests.waiting import until
 
 SMALL = [
-    *("--set", "data.rows=1500", "--set", "data.heldout=0.3", "--set", "partition.clients=4"),
+    *("--set", "data.rows=2000", "--set", "data.heldout=0.3", "--set", "partition.clients=4"),
     *("--set", "partition.scheme=iid", "--set", "federation.rounds=2"),
     *("--set", "federation.min_updates=2", "--set", "train.sample_rate=0.3"),
-    *("--set", "train.steps=6", "--set", "privacy.accountant=rdp", "--devices", "2"),
+    *("--set", "train.steps=4", "--set", "privacy.accountant=rdp", "--devices", "2"),
+    # Little data and little noise: what is tried here is the loop, not how much privacy costs.
+    *("--set", "privacy.epsilon=50.0"),
 ]
 
 
@@ -63,10 +65,10 @@ def test_the_whole_loop(tmp_path: Path) -> None:
     assert data["traffic"]["requests"] > 0
     assert data["traffic"]["failed"] == 0
     assert data["accuracy"]["after"] > data["accuracy"]["before"] + 0.1
-    assert 0 < data["epsilon"] <= 8.0
+    assert 0 < data["epsilon"] <= 50.0
     assert data["unit"] == "example"
     for device in data["devices"].values():
-        assert {"", "sentiment-2"} <= set(device["releases_served"])
+        assert {"base", "sentiment-2"} <= set(device["releases_served"])
         assert device["after"] > device["before"]
     # What the devices serve is what lies in the run folder, bit for bit.
     statement = data["releases"][1]["statement"]
