@@ -1,4 +1,4 @@
-"""The base models on this machine: found by name, bound by digest. No torch, and no network.
+"""The base models on this machine: found by name, bound by digest. No torch.
 
     >>> sorted(KNOWN_BASES)
     ['minilm']
@@ -6,6 +6,9 @@
 The digest covers the fields of the configuration that change what the network computes, and every
 byte of the weights. An adapter names the digest of the base that it was made for, and nothing is
 loaded on another.
+
+Nothing is fetched for a known name or a folder. The id of a model on the Hugging Face hub, given by
+a user who is online, is fetched once into the local cache; HF_HUB_OFFLINE=1 forbids it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +32,8 @@ KNOWN_BASES: Mapping[str, tuple[str, str]] = {
 }
 WEIGHTS = "model.safetensors"
 SUPPORTED = ("bert", "roberta", "xlm-roberta", "camembert")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_HUB_FILES = ["config.json", WEIGHTS, "tokenizer*", "vocab*", "special_tokens_map.json", "*.model"]
 # The fields of config.json that change what the network computes; names, versions and paths do not.
 _ARCHITECTURE = (
     "model_type",
@@ -42,6 +49,8 @@ _ARCHITECTURE = (
     "type_vocab_size",
     "vocab_size",
 )
+
+log = logging.getLogger("airpeft.clients.base")
 
 
 class BaseNotFound(ClientError):  # noqa: N818 - says what happened, like FileNotFoundError
@@ -79,8 +88,8 @@ def find_base(name_or_path: str | Path) -> BaseRef:
     """Find a base model by its known name, or in a folder.
 
     Args:
-        name_or_path: a key of ``KNOWN_BASES``, a folder, or the id of a model that is already in
-            the local Hugging Face cache. Nothing is downloaded.
+        name_or_path: a key of ``KNOWN_BASES``, a folder, or the id of a model of the Hugging Face
+            hub, such as ``owner/name``: from the local cache, else fetched if that is allowed.
 
     Raises:
         BaseNotFound: if it is none of these, or the folder lacks a file.
@@ -95,7 +104,8 @@ def find_base(name_or_path: str | Path) -> BaseRef:
             f"{path / 'config.json'}: model_type {kind!r} is not supported; "
             f"allowed: {', '.join(SUPPORTED)}"
         )
-    public = name if name in KNOWN_BASES or not path.samefile(name) else path.resolve().name
+    is_folder = name not in KNOWN_BASES and Path(name).is_dir()
+    public = path.resolve().name if is_folder else name
     return BaseRef(
         public,
         path,
@@ -118,7 +128,7 @@ def _locate(name: str) -> Path:
     elif Path(name).is_dir():
         path = Path(name)
     else:
-        path = _cached(name)
+        path = _from_hub(name)
     for file in ("config.json", WEIGHTS):
         if not (path / file).is_file():
             raise BaseNotFound(
@@ -128,16 +138,32 @@ def _locate(name: str) -> Path:
     return path
 
 
-def _cached(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _from_hub(name: str) -> Path:
+    """A model of the Hugging Face hub: from the local cache, or fetched if the user is online.
 
+    Only what a base needs is fetched: configuration, safetensors and tokeniser, never code.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    missing = (
+        f"there is no base model {name!r}: not a known name ({', '.join(KNOWN_BASES)}), not a "
+        "folder, and not in the local Hugging Face cache"
+    )
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+    except HFValidationError:
+        raise BaseNotFound(f"{missing}; give one of these") from None
+    except (LocalEntryNotFoundError, OSError):
+        if constants.HF_HUB_OFFLINE or not _HUB_ID.fullmatch(name):
+            raise BaseNotFound(f"{missing}; give one of these") from None
+    log.warning("fetching the base model %s from the Hugging Face hub", name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BaseNotFound(
-            f"there is no base model {name!r}: not a known name ({', '.join(KNOWN_BASES)}), not a "
-            "folder, and not in the local Hugging Face cache; give one of these"
+            f"{missing}; nor could it be fetched from the hub ({type(error).__name__}): check the "
+            "id and the network, or give a folder"
         ) from None
 
 
