@@ -87,8 +87,8 @@ def load(
                 f"data set {name!r} is not one of {', '.join(SHIPPED)}; for your own file set "
                 "data.path, data.text and data.label"
             )
-        file, label_names = SHIPPED[name]
-        path = find(file)
+        file, known = SHIPPED[name]
+        path, label_names = find(file), label_names or known
     try:
         examples = read_examples(path, text=text, label=label, label_names=label_names)
     except DataError as error:

@@ -132,6 +132,7 @@ class Demo:
         self.stolen = options.out / "fleet" / "stolen-server"
         self._traffic: Traffic | None = None
         self._early: threading.Thread | None = None
+        self._up: threading.Thread | None = None
         self._trouble: list[BaseException] = []
         self.releases: list[dict[str, Any]] = []
         self.rollouts: dict[str, dict[str, Any]] = {}
@@ -179,21 +180,33 @@ class Demo:
             self.fleet.start_device(device)
         names = ", ".join(device.name for device in self.fleet.devices)
         self.view.note(f"enrolled with one-time tokens, started: {names}")
+        # Devices load their base model for a while; training does not wait for them.
+        self._up = self._beside("traffic", self._start_traffic)
 
     def _release_early(self) -> None:
         """Release 1, in a thread, so that training does not wait for the fleet."""
         adapter = demo_run.register_latest(self.options.scenario, self.options.out)
 
         def work() -> None:
+            if self._up is not None:
+                self._up.join()
+            self.release(adapter, "half-way through training")
+            self.fleet.steal(self.stolen)
+
+        self._early = self._beside("release-1", work)
+
+    def _beside(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        """Do something in a thread; what it raises is raised again by the main one."""
+
+        def guarded() -> None:
             try:
-                self._start_traffic()
-                self.release(adapter, "half-way through training")
-                self.fleet.steal(self.stolen)
+                work()
             except BaseException as error:
                 self._trouble.append(error)
 
-        self._early = threading.Thread(target=work, name="release-1", daemon=True)
-        self._early.start()
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _raise_trouble(self) -> None:
         if self._trouble:

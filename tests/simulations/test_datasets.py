@@ -102,3 +102,8 @@ def test_a_folder_that_cannot_be_written_is_named(mine: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="a part of the path is a file"):
         materialise(tmp_path / "file" / "partitions", data, split)
+
+
+def test_a_shipped_set_has_no_more_classes_than_the_scenario_names() -> None:
+    with pytest.raises(DatasetError, match=r"unknown label 'positive'; allowed: negative"):
+        load("sentiment", label_names=["negative"])
