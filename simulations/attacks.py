@@ -39,7 +39,7 @@ def tampered_payload(demo: Demo, adapter: Adapter) -> Attack:
     path.write_bytes(bytes(data))
     demo.view.note(f"attack 1: one bit of {path.name[:12]}... flipped in the server's store")
     rollout = demo.roll_out(str(release["name"]), "attack 1: tampered payload")
-    return _verdict("tampered payload", release, rollout, "payload-digest")
+    return _verdict("tampered payload", demo.fleet, release, rollout, "payload-digest")
 
 
 def replayed_release(demo: Demo) -> Attack:
@@ -88,7 +88,7 @@ def bad_adapter(demo: Demo, adapter: Adapter) -> Attack:
     release = _publish(demo, Adapter(adapter.spec, head), "bad")
     demo.view.note("attack 3: a correctly signed adapter with its classifier turned round")
     rollout = demo.roll_out(str(release["name"]), "attack 3: bad adapter")
-    return _verdict("correctly signed, but bad", release, rollout, "quality-regressed")
+    return _verdict("correctly signed, but bad", demo.fleet, release, rollout, "quality-regressed")
 
 
 def compare_with_peft(fleet: Fleet, folder: Path, scenario: Scenario) -> float:
@@ -149,14 +149,27 @@ def _scaled(adapter: Adapter, factor: float) -> Adapter:
 
 
 def _verdict(
-    name: str, release: Mapping[str, Any], rollout: Mapping[str, Any], reason: str
+    name: str,
+    fleet: Fleet,
+    release: Mapping[str, Any],
+    rollout: Mapping[str, Any],
+    reason: str,
 ) -> Attack:
     from simulations.demo import Attack
 
-    reached = [d for d in rollout["devices"] if d["reason"] == reason]
+    canary = [d["device_id"] for d in rollout["devices"] if d["reason"] == reason]
     loaded = [d for d in rollout["devices"] if d["running"] == release["name"]]
-    others = len(rollout["devices"]) - len(reached)
-    refused = rollout["state"] == "rolled_back" and len(reached) == 1 and not loaded
+    # A device reports all that it does with a release, from the download on.
+    with fleet.operator() as operator:
+        touched = [
+            device.name
+            for device in fleet.devices
+            if any(r["release"] == release["name"] for r in operator.device(device.name)["reports"])
+        ]
+    others = len(fleet.devices) - len(touched)
+    refused = (
+        rollout["state"] == "rolled_back" and len(canary) == 1 and touched == canary and not loaded
+    )
     return Attack(
         name,
         refused,

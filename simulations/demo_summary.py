@@ -67,11 +67,11 @@ def _training(result: DemoResult) -> Table:
         f"({last['examples']} texts)",
     )
     if last["epsilon_max"] is not None:
-        low = min(last["epsilon"].values())
+        low, high = (f"{pick(last['epsilon'].values()):.2f}" for pick in (min, max))
+        spent = high if low == high else f"{low} to {high}"
         table.add_row(
             "epsilon, for one example",
-            f"{low:.2f} to {last['epsilon_max']:.2f} over {clients} clients, "
-            f"delta {_delta(result)}, all rounds composed",
+            f"{spent} for each of {clients} clients, delta {_delta(result)}, all rounds composed",
         )
     table.add_row("bytes per client and round", f"{_each_way(last):,} up, the same down")
     table.add_row(

@@ -9,6 +9,7 @@ from typing import Any, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -70,11 +71,12 @@ class LiveView(LineView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._panel)
+        self._spinner = Spinner("dots")
         self._rounds = self._round = self._cohort = self._answered = 0
         self._traffic: Traffic | None = None
         self._training = False
         self._rollout: tuple[str, Mapping[str, Any]] | None = None
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._panel)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -113,11 +115,15 @@ class LiveView(LineView):
         parts: list[RenderableType] = []
         if self._training:
             row = Table.grid(padding=(0, 1))
-            row.add_row(
-                Text(f"round {max(self._round, 1)} of {self._rounds}"),
-                ProgressBar(total=max(self._cohort, 1), completed=self._answered, width=40),
-                Text(f"{self._answered} of {self._cohort} clients"),
-            )
+            if self._round:
+                row.add_row(
+                    self._spinner,
+                    Text(f"round {self._round} of {self._rounds}"),
+                    ProgressBar(total=max(self._cohort, 1), completed=self._answered, width=40),
+                    Text(f"{self._answered} of {self._cohort} clients"),
+                )
+            else:
+                row.add_row(self._spinner, Text("measuring the adapter before training"))
             parts.append(row)
         if self._traffic is not None:
             parts.append(self._devices(self._traffic))
@@ -148,17 +154,17 @@ def prepared_line(event: Prepared) -> str:
     sizes = [sum(rows) for rows in event.clients.values()]
     return (
         f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} rows ({sum(sizes):,} in all), "
-        f"{event.heldout:,} held out; {event.parameters:,} trained values; {event.rounds} rounds"
+        f"{event.heldout:,} held out; {event.parameters:,} values"
     )
 
 
 def round_line(number: int, metrics: Mapping[str, Any]) -> str:
     """One round, as a line."""
     if number == 0:
-        return f"before training: held-out accuracy {metrics.get('accuracy', 0):.3f}"
-    parts = [f"round {number}: held-out accuracy {metrics.get('accuracy', 0):.3f}"]
+        return f"before training: accuracy {metrics.get('accuracy', 0):.3f} on held-out texts"
+    parts = [f"round {number}: accuracy {metrics.get('accuracy', 0):.3f}"]
     if metrics.get("epsilon_max") is not None:
-        parts.append(f"epsilon at most {metrics['epsilon_max']:.2f}")
+        parts.append(f"epsilon {metrics['epsilon_max']:.2f}")
     parts.append(f"{metrics['used']} of {metrics['cohort']} clients")
     parts.append(f"aggregation error {metrics['aggregation_error']:.1e}")
     return ", ".join(parts)
