@@ -18,15 +18,13 @@ import numpy as np
 from aggregation import peft_layout
 from aggregation.adapter import Adapter
 from protos.signed import payload_path
+from simulations.demo_result import Attack
 from simulations.processes import wait_for
 from simulations.scenario import Scenario
 
 if TYPE_CHECKING:
-    from simulations.demo import Attack, Demo
+    from simulations.demo import Demo
     from simulations.fleet import Fleet
-
-PARITY = 1e-4
-"""Largest difference of a logit that still counts as the same: float32 in another order."""
 
 
 def tampered_payload(demo: Demo, adapter: Adapter) -> Attack:
@@ -44,8 +42,6 @@ def tampered_payload(demo: Demo, adapter: Adapter) -> Attack:
 
 def replayed_release(demo: Demo) -> Attack:
     """Kill the server, answer in its place with a stolen copy from before release 2, come back."""
-    from simulations.demo import Attack
-
     fleet = demo.fleet
     running = _running(fleet)
     demo.view.note("attack 2: server killed; a stolen copy of it answers with yesterday's metadata")
@@ -155,8 +151,6 @@ def _verdict(
     rollout: Mapping[str, Any],
     reason: str,
 ) -> Attack:
-    from simulations.demo import Attack
-
     canary = [d["device_id"] for d in rollout["devices"] if d["reason"] == reason]
     loaded = [d for d in rollout["devices"] if d["running"] == release["name"]]
     # A device reports all that it does with a release, from the download on.

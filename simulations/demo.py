@@ -14,17 +14,17 @@ says so in the summary, and the command ends with status 1.
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from aggregation import durable
 from simulations import attacks, demo_run
+from simulations.demo_result import Attack, DemoResult
 from simulations.events import Event, Prepared, RoundDone
-from simulations.fleet import DevicePlan, Fleet
+from simulations.fleet import Fleet, deal
 from simulations.processes import Children, ProcessError
 from simulations.run import simulate
 from simulations.scenario import Scenario
@@ -72,57 +72,6 @@ class DemoOptions:
     workers: int = 2
 
 
-@dataclass
-class Attack:
-    """One thing that had to fail.
-
-    Attributes:
-        name: what was tried.
-        refused: whether it failed, everywhere.
-        reason: word of the closed vocabulary that the devices gave.
-        detail: what happened, for people.
-    """
-
-    name: str
-    refused: bool
-    reason: str
-    detail: str
-
-
-@dataclass
-class DemoResult:
-    """What came out.
-
-    Attributes:
-        run: the training run.
-        devices: what is known of each device, by name.
-        releases: what was released, in order.
-        attacks: what had to fail.
-        traffic: requests, failures and slowest answer over all devices.
-        parity: largest difference between what PEFT computes from the run folder and what the
-            devices serve.
-    """
-
-    run: RunResult
-    devices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    releases: list[dict[str, Any]] = field(default_factory=list)
-    attacks: list[Attack] = field(default_factory=list)
-    traffic: dict[str, Any] = field(default_factory=dict)
-    parity: float = float("nan")
-
-    @property
-    def problems(self) -> list[str]:
-        """What should not have happened; empty if all went as it must."""
-        found = [
-            f"the attack succeeded: {a.name} ({a.detail})" for a in self.attacks if not a.refused
-        ]
-        if self.traffic.get("failed"):
-            found.append(f"{self.traffic['failed']} requests failed: {self.traffic['errors']}")
-        if not self.parity < attacks.PARITY:
-            found.append(f"PEFT and the devices disagree by {self.parity}")
-        return found
-
-
 class Demo:
     """One run of the demo; use :func:`run_demo`."""
 
@@ -157,7 +106,7 @@ class Demo:
     def _trained(self, event: Event) -> None:
         self.view.training(event)
         if isinstance(event, Prepared):
-            log_to(event.out / "logs" / "demo.log")
+            demo_run.log_to(event.out / "logs" / "demo.log")
             self._start_fleet(event)
         elif isinstance(event, RoundDone) and event.round > 0:
             half = (self.options.scenario.federation.rounds + 1) // 2
@@ -295,39 +244,6 @@ class Demo:
         """No more requests."""
         if self._traffic is not None:
             self._traffic.stop()
-
-
-def log_to(path: Path) -> None:
-    """Send this process's log to a file and nowhere else: the screen belongs to the view."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    root = logging.getLogger()
-    for logger in (root, logging.getLogger("flwr")):  # Flower brings a handler of its own
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-    root.addHandler(handler)
-    logging.getLogger("airpeft").setLevel(logging.INFO)
-
-
-def deal(heldout: Path, folder: Path, devices: int, examples: int) -> list[DevicePlan]:
-    """Give each device examples of its own, none of them twice.
-
-    Args:
-        heldout: JSON lines that no training client has.
-        folder: where each device's file goes.
-        devices: how many.
-        examples: for each; fewer if there are not enough.
-    """
-    lines = heldout.read_bytes().splitlines(keepends=True)
-    each = min(examples, len(lines) // devices)
-    plans = []
-    for index in range(devices):
-        name = f"device-{index + 1}"
-        path = folder / f"{name}.jsonl"
-        durable.write_bytes(path, b"".join(lines[index * each : (index + 1) * each]))
-        plans.append(DevicePlan(name, path))
-    return plans
 
 
 def run_demo(

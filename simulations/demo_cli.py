@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from simulations.demo import DemoResult
+    from simulations.demo_result import DemoResult
     from simulations.fleet import Fleet
 
 SCENARIO = Path(__file__).parent.parent / "scenarios" / "demo.toml"

@@ -1,8 +1,9 @@
-"""What the demo adds to a training run: registered versions, and the fleet in the report."""
+"""What the demo adds to a run: its log, registered versions, the fleet in the report."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,3 +95,16 @@ def report_fleet(scenario: Scenario, result: RunResult, fleet: Mapping[str, Any]
     told = json.loads((result.adapter_folder / FILE).read_bytes())
     page = report.page(run, lines, rounds, told, picture, fleet=fleet)
     durable.write_bytes(result.report, page.encode())
+
+
+def log_to(path: Path) -> None:
+    """Send this process's log to a file and nowhere else: the screen belongs to the view."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    root = logging.getLogger()
+    for logger in (root, logging.getLogger("flwr")):  # Flower brings a handler of its own
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+    root.addHandler(handler)
+    logging.getLogger("airpeft").setLevel(logging.INFO)

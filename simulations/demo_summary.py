@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simulations.demo import DemoResult
+from simulations.demo_result import DemoResult
 
 SCHEMA = "airpeft.v1.demo"
 NUMERIC = ("base alone", "release 1", "release 2", "bytes", "requests", "failed")

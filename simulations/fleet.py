@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from aggregation import durable
 from federation.client import OperatorClient
 from federation.keys import KeyFolder
 from federation.release import ReleaseOptions, assemble, make_request, sign
@@ -42,6 +43,26 @@ class DevicePlan:
 
     name: str
     heldout: Path
+
+
+def deal(heldout: Path, folder: Path, devices: int, examples: int) -> list[DevicePlan]:
+    """Give each device examples of its own, none of them twice.
+
+    Args:
+        heldout: JSON lines that no training client has.
+        folder: where each device's file goes.
+        devices: how many.
+        examples: for each; fewer if there are not enough.
+    """
+    lines = heldout.read_bytes().splitlines(keepends=True)
+    each = min(examples, len(lines) // devices)
+    plans = []
+    for index in range(devices):
+        name = f"device-{index + 1}"
+        path = folder / f"{name}.jsonl"
+        durable.write_bytes(path, b"".join(lines[index * each : (index + 1) * each]))
+        plans.append(DevicePlan(name, path))
+    return plans
 
 
 @dataclass
