@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 MIB = 1 << 20
+HOUR, DAY, YEAR = 3600, 86400, 365 * 86400
 NEEDED_DISK = 2048 * MIB
 NEEDED_MEMORY = 2048 * MIB
 
@@ -114,19 +115,22 @@ def port(number: int) -> Finding:
         return Finding(name, "ok", "free" if number else "can be bound")
 
 
-def clock() -> Finding:
-    """The clock is not before this installation, nor years after it.
+def clock(now: float) -> Finding:
+    """The clock is not before this installation, nor long after it.
 
     A device needs a clock that is right to the hour, because signed metadata expires; without a
     network the only certain floor is the moment at which these files were installed.
+
+    Args:
+        now: what the clock says, Unix seconds.
     """
-    floor = Path(__file__).stat().st_mtime
-    ahead = time.time() - floor
-    said = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    if ahead < -3600:
+    ahead = now - Path(__file__).stat().st_mtime
+    said = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
+    if ahead < -HOUR:
         return Finding("clock", "problem", f"{said}, before AirPEFT was installed", "set the clock")
-    if ahead > 5 * 365 * 86400:
-        return Finding("clock", "warning", f"{said}, 5 years after installation", "check the clock")
+    if ahead > YEAR - DAY:
+        found = f"{said}, {ahead / YEAR:.0f} years after AirPEFT was installed"
+        return Finding("clock", "warning", found, "check the clock; if it is right, update AirPEFT")
     return Finding("clock", "ok", said)
 
 
@@ -171,7 +175,7 @@ def examine(path: Path, base: str, ports: tuple[int, ...]) -> Iterator[Finding]:
     """All checks, one after the other."""
     checks: list[Callable[[], Finding]] = [python, packages, our_names, lambda: base_model(base)]
     checks += [lambda n=n: port(n) for n in ports or (0,)]  # type: ignore[misc]
-    checks += [clock, lambda: folder(path), memory, cores]
+    checks += [lambda: clock(time.time()), lambda: folder(path), memory, cores]
     for check in checks:
         yield check()
 

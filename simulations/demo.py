@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aggregation import durable
-from simulations import attacks, demo_run
+from simulations import attacks, demo_run, folder
 from simulations.demo_result import Attack, DemoResult
 from simulations.events import Event, Prepared, RoundDone
 from simulations.fleet import Fleet, deal
@@ -261,6 +261,8 @@ def run_demo(
         SimulationError: the scenario can't be run.
         KeyboardInterrupt: Ctrl-C; every child has been stopped by then.
     """
+    if (options.out / "fleet").exists():
+        raise folder.RunError(f"{options.out} holds a demo already: choose another folder")
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with Children(options.out / "logs", environment) as children:
         demo = Demo(options, children, view)

@@ -96,6 +96,14 @@ def test_however_it_ends_no_child_is_left(tmp_path: Path, how: signal.Signals) -
     assert until(lambda: not of_run(tmp_path), deadline=30, what="no child is left")
 
 
+def test_a_folder_with_a_demo_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run" / "fleet").mkdir(parents=True)
+    demo = start(tmp_path / "run")
+    output, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 1
+    assert "choose another folder" in output + errors
+
+
 def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     demo = start(tmp_path / "run", "--set", "train.rank=0")
     output, errors = demo.communicate(timeout=60)
