@@ -1,7 +1,7 @@
 """The file under a ledger: where it is, how SQLite opens it, and what is not one.
 
-    >>> locate("sqlite:///spent/ledger.sqlite").as_posix()
-    'spent/ledger.sqlite'
+>>> locate("sqlite:///spent/ledger.sqlite").as_posix()
+'spent/ledger.sqlite'
 """
 
 from __future__ import annotations
