@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -94,7 +94,7 @@ def plan(
     """
     with _plain_errors("plan"):
         from privacy.budget import Accountant
-        from privacy.planning import Plan
+        from privacy.planning import Plan, by_accountant
 
         asked = Plan(
             sample_rate=sample_rate,
@@ -107,7 +107,12 @@ def plan(
             accountant=Accountant(accountant.value),
         )
         answer = asked.answer()
-    _show("plan", _plan_document(asked, answer), format, lambda: _print_plan(asked, answer))
+        beside = {
+            name.value: value
+            for name, value in by_accountant(asked, answer.noise_multiplier).items()
+        }
+    document = _plan_document(asked, answer, beside)
+    _show("plan", document, format, lambda: _print_plan(asked, answer, beside))
 
 
 @privacy.command()
@@ -191,7 +196,10 @@ def _show(kind: str, data: Any, format: Format, people: Callable[[], None]) -> N
         people()
 
 
-def _plan_document(plan: Plan, answer: Answer) -> dict[str, Any]:
+Beside = Mapping[str, float | None]
+
+
+def _plan_document(plan: Plan, answer: Answer, beside: Beside) -> dict[str, Any]:
     return {
         "epsilon": _finite(answer.epsilon),  # null: no bound
         "delta": plan.delta,
@@ -200,6 +208,9 @@ def _plan_document(plan: Plan, answer: Answer) -> dict[str, Any]:
         "steps": plan.steps * plan.rounds,
         "rounds": plan.rounds,
         "steps_per_round": plan.steps,
+        "epsilon_by_accountant": {
+            name: None if value is None else _finite(value) for name, value in beside.items()
+        },
         "epsilon_by_round": [
             {"round": number, "steps": number * plan.steps, "epsilon": _finite(value)}
             for number, value in answer.by_round
@@ -212,7 +223,7 @@ def _plan_document(plan: Plan, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _print_plan(plan: Plan, answer: Answer) -> None:
+def _print_plan(plan: Plan, answer: Answer, beside: Beside) -> None:
     total = plan.steps * plan.rounds
     if math.isinf(answer.epsilon):
         typer.echo("epsilon           no bound: without noise nothing is private")
@@ -222,6 +233,13 @@ def _print_plan(plan: Plan, answer: Answer) -> None:
     split = f" ({plan.rounds} rounds of {plan.steps})" if plan.rounds > 1 else ""
     typer.echo(f"steps             {total}{split}, each with {plan.sample_rate:.3%} of the rows")
     typer.echo(f"accountant        {plan.accountant.value}, for one example added or removed")
+    others = [
+        f"{name} {value:.4f}"
+        for name, value in beside.items()
+        if name != plan.accountant.value and value is not None and math.isfinite(value)
+    ]
+    if others:
+        typer.echo(f"the same noise by {', '.join(others)}")
     if plan.noise_multiplier is not None and answer.rounds_within is not None:
         typer.echo(
             f"rounds            epsilon {plan.epsilon:g} pays for {_many(answer.rounds_within)} "

@@ -28,6 +28,8 @@ MOST_POINTS = 20
 # them: an epsilon of 100 promises nothing, by either accountant.
 MOST_EPSILON_BY_PLD = 100.0
 MOST_EPSILON_TO_START = 1e5
+MOST_STEPS_BY_PLD = 10**6
+LEAST_DELTA_BY_PLD = 1e-11  # below it, the tails that are cut off count as lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,27 @@ class Plan:
         )
 
 
+def by_accountant(plan: Plan, sigma: float) -> dict[Accountant, float | None]:
+    """Epsilon of a plan by every accountant, side by side.
+
+    Args:
+        plan: its noise is not looked at.
+        sigma: the noise multiplier.
+
+    Returns:
+        infinity without noise; None where an accountant cannot count so much.
+    """
+    event = replace(plan, noise_multiplier=sigma, epsilon=None).event(plan.rounds)
+    found: dict[Accountant, float | None] = {}
+    for accountant in Accountant:
+        try:
+            check_accountant([event], plan.delta, accountant)
+            found[accountant] = epsilon_of([event], plan.delta, accountant)
+        except BudgetError:
+            found[accountant] = None
+    return found
+
+
 def rounds_left(
     before: Sequence[SgdEvent],
     event: SgdEvent,
@@ -210,10 +233,16 @@ def check_accountant(
         most: the largest epsilon, by rdp, that is let through.
 
     Raises:
-        BudgetError: if the events, or the budget, are above that.
+        BudgetError: if the events, or the budget, are above that, or delta is too small for it.
     """
     if accountant is not Accountant.PLD or any(e.noise_multiplier == 0 for e in events):
         return
+    steps = sum(event.steps for event in events)
+    if steps > MOST_STEPS_BY_PLD or delta < LEAST_DELTA_BY_PLD:
+        raise BudgetError(
+            f"--accountant pld is for up to {MOST_STEPS_BY_PLD:,} steps and a delta of at least "
+            f"{LEAST_DELTA_BY_PLD:g}, here {steps:,} and {delta:g}: use --accountant rdp"
+        )
     found = epsilon_of(events, delta, Accountant.RDP)
     if found > most or (budget or 0.0) > MOST_EPSILON_BY_PLD:
         raise BudgetError(

@@ -66,6 +66,9 @@ def test_plan_answers_either_way(by: Accountant) -> None:
     back = data_of("plan", "plan", "--epsilon", "3", *SHAPE, "--accountant", by)
     assert back["noise_multiplier"] == noise_multiplier(3.0, DELTA, 0.1, 50, by)
     assert 2.98 < back["epsilon"] <= 3.0
+    beside = forward["epsilon_by_accountant"]
+    assert beside == {a.value: epsilon([event], DELTA, a) for a in Accountant}
+    assert beside["pld"] < beside["rdp"] < 1.3 * beside["pld"]
     assert (back["accountant"], back["steps"], back["delta"]) == (by, 50, DELTA)
 
 
@@ -99,6 +102,11 @@ def test_plan_with_noise_and_epsilon_says_how_many_rounds_are_paid_for() -> None
     assert "this plan has 50" in output
 
 
+def test_an_accountant_that_cannot_count_so_much_is_left_out() -> None:
+    data = data_of("plan", "plan", "--noise-multiplier", "0.001", *SHAPE)
+    assert data["epsilon_by_accountant"] == {"rdp": data["epsilon"], "pld": None}
+
+
 def test_plan_without_noise_has_no_bound() -> None:
     assert data_of("plan", "plan", "--noise-multiplier", "0", *SHAPE)["epsilon"] is None
     assert "nothing is private" in invoke("plan", "--noise-multiplier", "0", *SHAPE)[1]
@@ -125,6 +133,8 @@ def test_plan_without_noise_has_no_bound() -> None:
         (["--accountant", "gdp"], "'rdp', 'pld'"),
         (["--noise-multiplier", "0.001", "--accountant", "pld"], "use --accountant rdp"),
         (["--epsilon", "500", "--accountant", "pld"], "use --accountant rdp"),
+        (["--delta", "1e-300", "--accountant", "pld"], "a delta of at least 1e-11"),
+        (["--steps", "2000000", "--accountant", "pld"], "up to 1,000,000 steps"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_with_the_remedy(
