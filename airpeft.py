@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "rollout": ("federation.cli", "rollout", "Start, watch, halt and roll back a rollout."),
     "fleet": ("federation.cli", "fleet", "List the devices; make enrolment tokens."),
     "device": ("clients.cli", "device", "Enrol and run a device."),
+    "privacy": ("privacy.cli", "privacy", "Plan privacy, explain a statement, read a ledger."),
     "doctor": ("clients.doctor", "doctor", "Check this machine and say what to do."),
 }
 

@@ -38,15 +38,15 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.engine import URL, make_url
 
 from privacy import calibration
 from privacy.budget import Accountant, BudgetError, BudgetExceeded, PrivacyBudget
-from privacy.errors import PrivacyError
 from privacy.events import SgdEvent
+from privacy.ledger_file import LedgerError, locate, open_engine
+
+__all__ = ["Entry", "Head", "Ledger", "LedgerEdited", "LedgerError", "Spent"]
 
 SCHEMA = 1
-BUSY_SECONDS = 60.0
 GENESIS = hashlib.sha256(b"airpeft privacy ledger 1").hexdigest()
 
 _metadata = sql.MetaData()
@@ -75,8 +75,8 @@ _head = sql.Table(
 _HASHED = ("number", "client", "run", "round", "inputs", "event", "unix_micro", "previous")
 
 
-class LedgerError(PrivacyError):
-    """A ledger edited, truncated, locked, or not a ledger at all."""
+class LedgerEdited(LedgerError):  # noqa: N818 - says what happened
+    """The chain of hashes does not hold: what was spent is no longer known."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +113,28 @@ class Ledger:
     Args:
         path: the SQLite file, made if it is missing; or a ``sqlite:///`` URL.
         now: seconds since 1970, for the record; nothing depends on it.
+        read_only: look at a ledger that is there; make and change nothing.
 
     Raises:
-        LedgerError: if the file is not a ledger, or was edited or truncated.
+        LedgerError: if the file is not a ledger, or, read-only, is not there.
+        LedgerEdited: if it was edited or truncated.
     """
 
-    def __init__(self, path: Path | str, *, now: Callable[[], float] = time.time) -> None:
-        url = _url(path)
-        self.path = Path(str(url.database))
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        now: Callable[[], float] = time.time,
+        read_only: bool = False,
+    ) -> None:
+        self.path = locate(path)
         self._now = now
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be made: {error}; choose another") from error
-        self.engine = sql.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
-        sql.event.listen(self.engine, "connect", _on_connect)
-        sql.event.listen(self.engine, "begin", _on_begin)
+        self.engine = open_engine(self.path, read_only=read_only)
+        if not read_only:
+            self._make_tables()
+        self.verify()
+
+    def _make_tables(self) -> None:
         with self._transaction() as connection:
             _metadata.create_all(connection)
             if connection.execute(sql.select(_head.c.id)).first() is None:
@@ -137,7 +143,6 @@ class Ledger:
                 connection.execute(
                     _head.insert().values(id=1, schema=SCHEMA, count=0, hash=GENESIS)
                 )
-        self.verify()
 
     def spend(
         self,
@@ -235,7 +240,7 @@ class Ledger:
             since: an earlier head that must still be part of the chain.
 
         Raises:
-            LedgerError: naming the first event that does not fit.
+            LedgerEdited: naming the first event that does not fit.
         """
         with self._transaction("BEGIN") as connection:
             head = self._read_head(connection)
@@ -314,8 +319,8 @@ class Ledger:
         except (ValueError, TypeError, BudgetError) as error:
             raise self._edited(f"event {row['number']} is not readable: {error}") from None
 
-    def _edited(self, what: str) -> LedgerError:
-        return LedgerError(
+    def _edited(self, what: str) -> LedgerEdited:
+        return LedgerEdited(
             f"{self.path}: the ledger was edited or damaged: {what}. Do not train with it: what "
             "was spent is no longer known. Restore the file from a backup, with its -wal file"
         )
@@ -324,28 +329,3 @@ class Ledger:
 def _hash(row: dict[str, Any]) -> str:
     doc = json.dumps([row[key] for key in _HASHED], separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(doc.encode()).hexdigest()
-
-
-def _url(path: Path | str) -> URL:
-    if isinstance(path, str) and "://" in path:
-        url = make_url(path)
-        if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
-            raise LedgerError(
-                f"{url.render_as_string()}: a ledger is a file that outlives the process: give a "
-                "path, or sqlite:///path"
-            )
-        return url
-    return URL.create("sqlite", database=str(path))
-
-
-def _on_connect(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # transactions begin where _on_begin says, not at a guess
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")  # commit returns after fsync
-    cursor.close()
-
-
-def _on_begin(connection: sql.Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))

@@ -14,9 +14,11 @@ in sentences. Epsilon is recomputed here from the events themselves, never copie
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from privacy import calibration
@@ -26,6 +28,7 @@ from privacy.events import SgdEvent
 
 SCHEMA = 1
 FILE = "privacy.json"
+MOST_BYTES = 1 << 20
 
 NOT_COVERED = (
     "how many examples each client has (it is the client's weight and sets its sampling rate)",
@@ -104,6 +107,45 @@ def statement(
     return doc
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The statement beside an adapter.
+
+    Args:
+        path: the adapter's folder, or its privacy.json.
+
+    Raises:
+        StatementError: if there is none, or it is not readable.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        inner = path / "adapter" / FILE
+        hint = (
+            f"give {inner.parent}"
+            if inner.exists()
+            else "give the folder of an adapter that AirPEFT trained, such as runs/NAME/adapter"
+        )
+        raise StatementError(f"{file}: there is no privacy statement; {hint}") from None
+    except OSError as error:
+        raise StatementError(f"{file}: cannot be read: {error.strerror}; mend that") from error
+    restore = "restore the adapter's folder from where it came"
+    try:
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"above {MOST_BYTES} bytes")
+        doc = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StatementError(f"{file}: not a privacy statement: {error}; {restore}") from None
+    if not isinstance(doc, dict):
+        raise StatementError(f"{file}: not a privacy statement: no JSON object; {restore}")
+    try:
+        explain(doc)
+    except StatementError as error:
+        raise StatementError(f"{file}: {error}; {restore}") from None
+    return doc
+
+
 def explain(doc: Mapping[str, Any]) -> str:
     """A statement in plain sentences, for somebody who decides about data and not about code.
 
@@ -121,7 +163,7 @@ def explain(doc: Mapping[str, Any]) -> str:
         )
     try:
         return "\n".join(_sentences(example))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StatementError(f"the privacy statement lacks a field: {error!r}") from None
 
 
@@ -134,8 +176,12 @@ def _sentences(example: Mapping[str, Any]) -> list[str]:
             f"Randomness: {mechanism['randomness']}.",
         ]
     epsilon = float(example["epsilon"])
-    factor = math.exp(epsilon)
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon}")
+    factor = math.exp(min(epsilon, 20.0))
     odds = f"{factor:.2g}" if factor < 100 else f"{factor:,.0f}"
+    if epsilon > 20:
+        odds = f"e to the power of {epsilon:.0f}, which is as good as no limit"
     return [
         f"One example: epsilon {epsilon:.2f} at delta {delta}.",
         f"What it means: whoever sees the adapter, and everything the clients sent for it, can "

@@ -8,6 +8,8 @@ import math
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from privacy.budget import Accountant, BudgetError
 from privacy.calibration import CalibrationError, epsilon, noise_multiplier
@@ -110,3 +112,20 @@ def test_the_edges() -> None:
         noise_multiplier(0.0, DELTA, 0.1, 10)
     with pytest.raises(CalibrationError, match="fewer steps"):
         noise_multiplier(1e-4, DELTA, 1.0, 100_000)
+
+
+@given(
+    sigma=st.floats(0.5, 8.0),
+    factor=st.floats(1.01, 4.0),
+    rate=st.floats(0.005, 0.5),
+    steps=st.integers(1, 500),
+)
+@settings(max_examples=60, deadline=None)
+def test_epsilon_falls_in_noise_along_a_line_of_the_log_log_plane(
+    sigma: float, factor: float, rate: float, steps: int
+) -> None:
+    low, high = (epsilon([event(s, rate, steps)], DELTA) for s in (sigma, sigma * factor))
+    assert 0 <= high <= low
+    if high > 0.05 and factor > 1.5:
+        slope = math.log(high / low) / math.log(factor)
+        assert -3.5 <= slope <= -0.8
