@@ -187,6 +187,11 @@ class Recipe:
             "exact": exact and isinstance(self.refactor, Svd) and self.refactor.residual_rank > 0,
             "mixed_ranks": self.reduce.mixed_ranks and self.distribute.mixed_ranks,
             "linear": isinstance(self.reduce, FactorMean),
+            "secure_sum": isinstance(self.reduce, FactorMean),
+            "trains": str(self.train),
+            "up": "r D",
+            "down": "r D",
+            "in_rounds": True,
             "reference": self.reference,
         }
 
