@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from aggregation import peft_layout
 from aggregation.adapter import Adapter
 from aggregation.distributing import kinship
@@ -123,14 +125,18 @@ def read_members(
 def combine(chosen: Recipe, members: Members) -> Combined:
     """The members' weighted mean, by a recipe.
 
-    The trainable adapter has the largest rank that a member has, per module.
+    The trainable adapter has the largest rank that a member has, per module; with a recipe that
+    chooses the rank by energy, that rank.
 
     Raises:
         UpdateError: if the recipe cannot take a member: another rank under a plain mean, for one.
     """
+    spec = _widest([m.adapter.spec for m in members.members])
+    by_energy = isinstance(chosen.refactor, Svd) and chosen.refactor.energy is not None
     if isinstance(chosen.refactor, Svd) and chosen.refactor.residual_rank:
         chosen = replace(chosen, refactor=replace(chosen.refactor, residual_rank=_ALL))
-    spec = _widest([m.adapter.spec for m in members.members])
+    if by_energy:
+        spec = spec.with_ranks({m.name: min(MAX_RANK, m.d_in, m.d_out) for m in spec.modules})
     zeros = {m.adapter.spec.digest: Adapter.zeros(m.adapter.spec) for m in members.members}
     reduction = chosen.begin(
         GlobalState(Adapter.zeros(spec)), starts={zero.digest: zero for zero in zeros.values()}
@@ -140,7 +146,8 @@ def combine(chosen: Recipe, members: Members) -> Combined:
             start = zeros[member.adapter.spec.digest].digest
             reduction.add(Update(member.name, 1, start, member.adapter, member.weight))
     state, report = reduction.finish()
-    return Combined(state.adapter, _residuals(state, report), report)
+    adapter = _trimmed(state.adapter, report) if by_energy else state.adapter
+    return Combined(adapter, _residuals(state, report), report)
 
 
 def write(
@@ -185,6 +192,20 @@ def check_new(out: Path) -> None:
     """
     if out.exists():
         raise OfflineError(f"{out} is already there; remove it or choose another --out")
+
+
+def _trimmed(adapter: Adapter, report: AggregationReport) -> Adapter:
+    """The adapter without the directions that hold nothing, at least one in each module."""
+    ranks = {name: max(1, said.rank) for name, said in report.modules.items()}
+    spec = adapter.spec.with_ranks(ranks)
+    tensors = dict(adapter.tensors)
+    for module in spec.modules:
+        left, right = adapter.factors(module.name)
+        key_a, key_b = module.keys
+        ratio = adapter.spec.scale(module.name) / spec.scale(module.name)
+        tensors[key_b] = left[:, : module.rank] * np.float32(ratio)
+        tensors[key_a] = right[: module.rank]
+    return Adapter(spec, tensors)
 
 
 def _residuals(state: GlobalState, report: AggregationReport) -> tuple[Adapter, ...]:

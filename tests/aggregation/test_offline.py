@@ -226,6 +226,23 @@ def test_a_residual_of_a_rank_above_what_a_folder_takes_is_split(tmp_path: Path)
     assert relative(got, exact) < 1e-6
 
 
+def test_florist_chooses_the_rank_by_energy_and_the_folder_has_that_rank(tmp_path: Path) -> None:
+    made, out = folders(tmp_path), tmp_path / "out"
+    result = command("aggregate", *made, "--recipe", "florist", "--out", out, "--format", "json")
+    assert result.exit_code == 0, result.output
+    adapter, said = peft_layout.read(out), json.loads(result.stdout)["data"]
+    for module in adapter.spec.modules:
+        exact = sum(products(peft_layout.read(f))[module.name] for f in made) / 3
+        values = np.linalg.svd(exact, compute_uv=False)
+        smallest = int(np.argmax(np.cumsum(values**2) >= 0.9 * np.sum(values**2))) + 1
+        assert module.rank == said["modules"][module.name]["rank"] == smallest > 4
+        missed = np.linalg.norm(exact - products(adapter)[module.name])
+        assert missed == pytest.approx(np.linalg.norm(values[smallest:]), rel=1e-5)
+        assert said["modules"][module.name]["energy"] >= 0.9
+    assert said["bytes"] == adapter.nbytes
+    assert not (out / "residual").exists()
+
+
 def another_base(folder: Path) -> None:
     path = folder / "airpeft.json"
     path.write_text(path.read_text().replace("0" * 64, "1" * 64))
