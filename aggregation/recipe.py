@@ -45,9 +45,10 @@ from aggregation.pieces import (
     Uniform,
     Weigh,
 )
-from aggregation.reducing import FactorMean, ProductSum, RankMean, Reduce
+from aggregation.reducing import FactorMean, ProductSum, RankMean
 from aggregation.refactoring import Keep, Svd
 from aggregation.report import AggregationReport, ModuleReport
+from aggregation.robust import GeometricMedian
 from aggregation.server_optimizer import Optimise, Sgd
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState, StateError, initial_state
@@ -61,6 +62,7 @@ __all__ = [
     "FactorMean",
     "Float32",
     "Fresh",
+    "GeometricMedian",
     "GlobalState",
     "Keep",
     "MeanResidual",
@@ -82,13 +84,14 @@ __all__ = [
     "recipe",
 ]
 
+Reduce = ProductSum | RankMean | GeometricMedian | FactorMean
 Refactor = Svd | Keep | SvdFold | MeanResidual | Fresh
 
 _CHOICES: Mapping[str, tuple[type, ...]] = {
     "train": (Both,),
     "codec": (Float32,),
     "weigh": (ByExamples, Uniform),
-    "reduce": (ProductSum, RankMean, FactorMean),
+    "reduce": (ProductSum, RankMean, GeometricMedian, FactorMean),
     "private": (NoPrivacy,),
     "optimise": (Sgd,),
     "refactor": (Svd, Keep, SvdFold, MeanResidual, Fresh),
@@ -159,7 +162,7 @@ class Recipe:
                 "products, so averaging the factors is idle; choose reduce=ProductSum(), or "
                 "refactor=MeanResidual()"
             )
-        if isinstance(self.reduce, ProductSum | RankMean) and isinstance(
+        if not isinstance(self.reduce, FactorMean) and isinstance(
             self.refactor, Keep | MeanResidual
         ):
             raise RecipeError(
@@ -217,7 +220,7 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Properties, as ``airpeft recipes`` shows them."""
         svd = isinstance(self.refactor, Svd) and self.refactor.residual_rank > 0
-        weighted = not isinstance(self.reduce, RankMean) and self.reduce.delta
+        weighted = isinstance(self.reduce, ProductSum | FactorMean) and self.reduce.delta
         linear = isinstance(self.reduce, FactorMean) and not self.refactor.beside
         return {
             "name": self.name,
@@ -277,6 +280,11 @@ _ALL = (
         reduce=RankMean(),
         refactor=Svd(residual_rank=0),
         reference="raFLoRA (2602.13486)",
+    ),
+    Recipe(
+        "rfa",
+        reduce=GeometricMedian(),
+        reference="RFA (Pillutla et al. 2022, 1912.13445), algorithm 2, in product space",
     ),
 )
 RECIPES: Mapping[str, Recipe] = MappingProxyType({chosen.name: chosen for chosen in _ALL})

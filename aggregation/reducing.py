@@ -1,7 +1,8 @@
 """The reduce piece: many updates into one mean change, as a running sum.
 
 Each update is folded in as it comes and then forgotten, so memory does not grow with the number
-of clients (RankMean excepted). Sums carry unnormalised weights and are divided once, at the end.
+of clients (except in :class:`RankMean`, and in :mod:`aggregation.robust`). Sums carry unnormalised
+weights and are divided once, at the end.
 
 With p_k the normalised weights, s_k the scale of client k and (B_k0, A_k0) its own start:
 
@@ -273,9 +274,6 @@ class FactorMean:
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new sum; ``measure`` adds the exact products, for the report."""
         return _FactorMean(spec, measure)
-
-
-Reduce = ProductSum | RankMean | FactorMean
 
 
 def _pair(tensors: Mapping[str, Array], module: ModuleSpec) -> Factors:

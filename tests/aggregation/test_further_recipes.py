@@ -13,6 +13,7 @@ from aggregation.recipe import (
     AggregationReport,
     FactorMean,
     Fresh,
+    GeometricMedian,
     GlobalState,
     Keep,
     MeanResidual,
@@ -254,7 +255,7 @@ def test_unsound_products_of_the_further_pieces_cannot_be_built() -> None:
         Recipe("x", refactor=SvdFold(), **mean)
     with pytest.raises(RecipeError, match="averaging the factors is idle"):
         Recipe("x", refactor=Fresh(), **mean)
-    for reduce in (ProductSum(), RankMean()):
+    for reduce in (ProductSum(), RankMean(), GeometricMedian()):
         for refactor in (Keep(), MeanResidual()):
             with pytest.raises(RecipeError, match=r"choose refactor=Svd\(\)"):
                 Recipe("x", reduce=reduce, refactor=refactor)
