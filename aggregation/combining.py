@@ -43,7 +43,8 @@ class Reduction:
         self._recipe = recipe
         self._state = state
         self._starts = {state.adapter.digest: state.adapter, **(starts or {})}
-        self._sum = recipe.reduce.accumulator(state.adapter.spec, measure=measure)
+        needed = recipe.refactor.beside  # a residual is what the exact products leave over
+        self._sum = recipe.reduce.accumulator(state.adapter.spec, measure=measure or needed)
         self._seen: set[tuple[str, int, str]] = set()
         self._refused: dict[str, str] = {}
         self._used, self._weight = 0, 0.0
@@ -63,9 +64,12 @@ class Reduction:
             self._refused[update.client] = error.reason.value
             raise
         weight = self._recipe.weigh.weight(update)
-        if not _unchanged(update.adapter, start):
-            self._sum.add(update.adapter, start, weight)
-            self._changed = True
+        reduce = self._recipe.reduce
+        origin = start if reduce.delta else self._state.adapter
+        changed = not _unchanged(update.adapter, origin)
+        if changed or reduce.counts_unchanged:
+            self._sum.add(update.adapter, origin, weight)
+        self._changed = self._changed or changed
         self._seen.add((update.client, update.round, update.start))
         self._used, self._weight = self._used + 1, self._weight + weight
 

@@ -12,6 +12,7 @@ The tree (each leaf stands beside the noun that raises it)::
     ├── UpdateError       aggregation.update       one client's update refused; has a reason
     ├── StateError        aggregation.state        bytes that are not a global state
     ├── RecipeError       (here)                   an unsound or impossible combination of pieces
+    ├── OfflineError      aggregation.offline      folders that cannot be combined
     └── StorageError      aggregation.durable      a write that did not reach the disk
 """
 

@@ -83,6 +83,7 @@ def write(
     base_name: str,
     card: str | None = None,
     extra: Mapping[str, bytes] | None = None,
+    with_spec: bool = True,
 ) -> None:
     """Write an adapter as a PEFT folder, all at once and durably; an old folder is replaced.
 
@@ -92,21 +93,14 @@ def write(
         base_name: public name of the base model (a hub name), never a path.
         card: text of ``README.md``.
         extra: further files by name, for example a privacy statement.
+        with_spec: whether ``airpeft.json`` is written; leave it out where the digest of the base
+            is not known.
 
     Raises:
         LayoutError: if ``base_name`` is a path, or an extra file has a taken or unsafe name.
         StorageError: if the folder cannot be written; an old folder is then still there.
     """
-    if base_name.startswith((".", "/", "~")) or "\\" in base_name:
-        raise LayoutError(
-            f"base_name {base_name!r} looks like a path; give the model's public name"
-        )
-    config = peft_config(adapter.spec, base_name)
-    files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSORS: tensor_file.save(dict(adapter.tensors), "pt"),
-        SPEC: (adapter.spec.to_json() + "\n").encode(),
-    }
+    files = contents(adapter, base_name, with_spec=with_spec)
     if card is not None:
         files[CARD] = card.encode()
     for name, data in (extra or {}).items():
@@ -114,6 +108,49 @@ def write(
             raise LayoutError(f"extra file {name!r} has a name that is taken or leaves the folder")
         files[name] = data
     durable.write_folder(folder, files)
+
+
+def contents(adapter: Adapter, base_name: str, *, with_spec: bool = True) -> dict[str, bytes]:
+    """The files of a PEFT folder by name, as :func:`write` writes them.
+
+    Raises:
+        LayoutError: if ``base_name`` is a path.
+    """
+    if looks_like_path(base_name):
+        raise LayoutError(
+            f"base_name {base_name!r} looks like a path; give the model's public name"
+        )
+    config = peft_config(adapter.spec, base_name)
+    files = {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        TENSORS: tensor_file.save(dict(adapter.tensors), "pt"),
+    }
+    return files | ({SPEC: (adapter.spec.to_json() + "\n").encode()} if with_spec else {})
+
+
+def looks_like_path(base_name: str) -> bool:
+    """Whether a name of a base model is a place on somebody's machine."""
+    return base_name.startswith((".", "/", "~")) or "\\" in base_name
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base model that a folder was made for.
+
+    Returns:
+        What its configuration calls it, empty if it does not say; and the digest that its
+        ``airpeft.json`` gives, None without one.
+
+    Raises:
+        LayoutError: if there is no readable configuration.
+    """
+    try:
+        name = _json(_read(folder / CONFIG, MAX_CONFIG)).get("base_model_name_or_path")
+        digest = None
+        if (folder / SPEC).is_file():
+            digest = AdapterSpec.from_json(_read(folder / SPEC, MAX_CONFIG)).base_digest
+    except AggregationError as error:
+        raise LayoutError(f"{folder}: {error}") from None
+    return (name if isinstance(name, str) else ""), digest
 
 
 def read(folder: Path, *, base_digest: str | None = None) -> Adapter:

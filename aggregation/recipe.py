@@ -33,6 +33,7 @@ from aggregation.adapter import Adapter
 from aggregation.combining import Reduction
 from aggregation.distributing import Distribute, Same, Truncate
 from aggregation.errors import RecipeError
+from aggregation.folding import Fresh, MeanResidual, SvdFold
 from aggregation.pieces import (
     Both,
     ByExamples,
@@ -44,9 +45,10 @@ from aggregation.pieces import (
     Uniform,
     Weigh,
 )
-from aggregation.reducing import FactorMean, ProductSum, Reduce
-from aggregation.refactoring import Keep, Refactor, Svd
+from aggregation.reducing import FactorMean, ProductSum, RankMean
+from aggregation.refactoring import Keep, Svd
 from aggregation.report import AggregationReport, ModuleReport
+from aggregation.robust import GeometricMedian
 from aggregation.server_optimizer import Optimise, Sgd
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState, StateError, initial_state
@@ -59,11 +61,15 @@ __all__ = [
     "ByExamples",
     "FactorMean",
     "Float32",
+    "Fresh",
+    "GeometricMedian",
     "GlobalState",
     "Keep",
+    "MeanResidual",
     "ModuleReport",
     "NoPrivacy",
     "ProductSum",
+    "RankMean",
     "Recipe",
     "RecipeError",
     "Reduction",
@@ -71,20 +77,24 @@ __all__ = [
     "Sgd",
     "StateError",
     "Svd",
+    "SvdFold",
     "Truncate",
     "Uniform",
     "initial_state",
     "recipe",
 ]
 
+Reduce = ProductSum | RankMean | GeometricMedian | FactorMean
+Refactor = Svd | Keep | SvdFold | MeanResidual | Fresh
+
 _CHOICES: Mapping[str, tuple[type, ...]] = {
     "train": (Both,),
     "codec": (Float32,),
     "weigh": (ByExamples, Uniform),
-    "reduce": (ProductSum, FactorMean),
+    "reduce": (ProductSum, RankMean, GeometricMedian, FactorMean),
     "private": (NoPrivacy,),
     "optimise": (Sgd,),
-    "refactor": (Svd, Keep),
+    "refactor": (Svd, Keep, SvdFold, MeanResidual, Fresh),
     "distribute": (Truncate, Same),
 }
 
@@ -140,16 +150,45 @@ class Recipe:
                 "same rank everywhere, but distribute=truncate hands out several; choose "
                 "distribute=Same(), or reduce=ProductSum() for mixed ranks"
             )
-        if isinstance(self.reduce, FactorMean) and isinstance(self.refactor, Svd):
+        if isinstance(self.reduce, FactorMean) and isinstance(self.refactor, Svd | SvdFold):
             raise RecipeError(
-                f"{self.name}: refactor=svd turns the factors into another gauge, in which the "
-                "mean of the factors of a client that started earlier means nothing; choose "
-                "refactor=Keep(), or reduce=ProductSum()"
+                f"{self.name}: refactor={self.refactor} turns the factors into another "
+                "gauge, in which the mean of the factors of a client that started earlier means "
+                "nothing; choose refactor=Keep(), or reduce=ProductSum()"
             )
-        if isinstance(self.reduce, ProductSum) and isinstance(self.refactor, Keep):
+        if isinstance(self.reduce, FactorMean) and isinstance(self.refactor, Fresh):
             raise RecipeError(
-                f"{self.name}: reduce=product-sum yields a matrix of a rank up to the sum of all "
-                "clients' ranks, which refactor=keep cannot hold; choose refactor=Svd()"
+                f"{self.name}: refactor=fresh throws the factors away and keeps their exact "
+                "products, so averaging the factors is idle; choose reduce=ProductSum(), or "
+                "refactor=MeanResidual()"
+            )
+        if not isinstance(self.reduce, FactorMean) and isinstance(
+            self.refactor, Keep | MeanResidual
+        ):
+            raise RecipeError(
+                f"{self.name}: reduce={self.reduce} yields a matrix of a rank up to the sum of all "
+                f"clients' ranks, which refactor={self.refactor} cannot hold; choose "
+                "refactor=Svd()"
+            )
+        if not self.reduce.delta and not isinstance(self.refactor, Svd):
+            raise RecipeError(
+                f"{self.name}: reduce=product-sum(absolute) counts what a truncated client never "
+                f"held as zero, which refactor={self.refactor} would keep for ever; choose "
+                "reduce=ProductSum()"
+            )
+
+    def check_rounds(self) -> None:
+        """Refuse a recipe that clients cannot follow over rounds.
+
+        Raises:
+            RecipeError: if what it keeps beside the adapter would have to reach the clients, whose
+                base it belongs to, but only the adapter does.
+        """
+        if self.refactor.beside:
+            raise RecipeError(
+                f"recipe {self.name} keeps a residual that every client has to load beside the "
+                "adapter, and rounds hand out the adapter alone; choose svd-warm-start, whose "
+                "residual re-enters on the server (airpeft aggregate runs either)"
             )
 
     def begin(
@@ -180,13 +219,20 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """Properties, as ``airpeft recipes`` shows them."""
-        exact = isinstance(self.reduce, ProductSum)
+        svd = isinstance(self.refactor, Svd) and self.refactor.residual_rank > 0
+        weighted = isinstance(self.reduce, ProductSum | FactorMean) and self.reduce.delta
+        linear = isinstance(self.reduce, FactorMean) and not self.refactor.beside
         return {
             "name": self.name,
             "pieces": {piece: str(getattr(self, piece)) for piece in _CHOICES},
-            "exact": exact and isinstance(self.refactor, Svd) and self.refactor.residual_rank > 0,
+            "exact": weighted and (svd or self.refactor.beside),
             "mixed_ranks": self.reduce.mixed_ranks and self.distribute.mixed_ranks,
-            "linear": isinstance(self.reduce, FactorMean),
+            "linear": linear,
+            "secure_sum": linear,
+            "trains": str(self.train),
+            "up": "r D",
+            "down": self.refactor.down,
+            "in_rounds": not self.refactor.beside,
             "reference": self.reference,
         }
 
@@ -195,22 +241,53 @@ class Recipe:
 
 
 DEFAULT = "svd-warm-start"
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        DEFAULT: Recipe(
-            DEFAULT,
-            reference="delta form with exact low-rank SVD; refactoring as FedMomentum "
-            "(2603.08014, residual kept unmerged), balance as FedSVD (2505.12805)",
-        ),
-        "fedit": Recipe(
-            "fedit",
-            reduce=FactorMean(),
-            refactor=Keep(),
-            distribute=Same(),
-            reference="FedIT (Zhang et al. 2023, 2305.05644), section 3",
-        ),
-    }
+_ALL = (
+    Recipe(
+        DEFAULT,
+        reference="delta form with exact low-rank SVD; refactoring as FedMomentum "
+        "(2603.08014, residual kept unmerged), balance as FedSVD (2505.12805)",
+    ),
+    Recipe(
+        "fedit",
+        reduce=FactorMean(),
+        refactor=Keep(),
+        distribute=Same(),
+        reference="FedIT (Zhang et al. 2023, 2305.05644), section 3",
+    ),
+    Recipe("flora", refactor=Fresh(), reference="FLoRA (Wang et al. 2024, 2409.05976)"),
+    Recipe(
+        "fedex-lora",
+        reduce=FactorMean(),
+        refactor=MeanResidual(),
+        distribute=Same(),
+        reference="FedEx-LoRA (Singhal et al. 2025, 2410.09432)",
+    ),
+    Recipe("fedmomentum", refactor=SvdFold(), reference="FedMomentum (2603.08014)"),
+    Recipe(
+        "flexlora",
+        reduce=ProductSum(delta=False),
+        refactor=Svd(residual_rank=0),
+        reference="FlexLoRA (Bai et al. 2024, 2402.11505)",
+    ),
+    Recipe(
+        "florist",
+        reduce=ProductSum(delta=False),
+        refactor=Svd(residual_rank=0, energy=0.9),
+        reference="FLoRIST (2506.09199), section 3",
+    ),
+    Recipe(
+        "raflora",
+        reduce=RankMean(),
+        refactor=Svd(residual_rank=0),
+        reference="raFLoRA (2602.13486)",
+    ),
+    Recipe(
+        "rfa",
+        reduce=GeometricMedian(),
+        reference="RFA (Pillutla et al. 2022, 1912.13445), algorithm 2, in product space",
+    ),
 )
+RECIPES: Mapping[str, Recipe] = MappingProxyType({chosen.name: chosen for chosen in _ALL})
 
 
 def recipe(name: str) -> Recipe:

@@ -1,12 +1,14 @@
 """The reduce piece: many updates into one mean change, as a running sum.
 
 Each update is folded in as it comes and then forgotten, so memory does not grow with the number
-of clients. Sums carry unnormalised weights and are divided once, at the end.
+of clients (except in :class:`RankMean`, and in :mod:`aggregation.robust`). Sums carry unnormalised
+weights and are divided once, at the end.
 
 With p_k the normalised weights, s_k the scale of client k and (B_k0, A_k0) its own start:
 
 * :class:`ProductSum`: per module, the exact mean change ``sum p_k s_k (B_k A_k - B_k0 A_k0)``;
-* :class:`FactorMean`: the mean change of B and of A separately, which is what FedIT hands out.
+* :class:`FactorMean`: the mean change of B and of A separately, which is what FedIT hands out;
+* :class:`RankMean`: per rank index, the mean over the clients that have it.
 
 Tensors outside the modules (heads) get the weighted mean of their changes in both.
 """
@@ -169,22 +171,89 @@ class _FactorMean:
         return Reduced(products, factors, others)
 
 
+class _RankMean:
+    """Every rank index on its own: the sum over the clients that have it, over their weight."""
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self._terms: dict[str, list[tuple[Array, Array]]] = {m.name: [] for m in spec.modules}
+        widest = {m.name: min(m.d_out, m.d_in) for m in spec.modules}
+        self._weights = {name: np.zeros(width) for name, width in widest.items()}
+        self._starts: dict[str, tuple[Adapter, float]] = {}
+        self._others = _Tensors(_other_shapes(spec))
+
+    def add(self, adapter: Adapter, start: Adapter, weight: float) -> None:
+        self._fold(adapter, weight)
+        for name, weights in self._weights.items():
+            weights[: adapter.spec.module(name).rank] += weight
+        _, so_far = self._starts.get(start.digest, (start, 0.0))
+        self._starts[start.digest] = (start, so_far + weight)
+        self._others.add(adapter, start, weight)
+
+    def finish(self, total: float) -> Reduced:
+        for start, weight in self._starts.values():
+            self._fold(start, -weight)
+        products = {}
+        for name, terms in self._terms.items():
+            lefts = [left / self._weights[name][: left.shape[1]] for left, _ in terms]
+            products[name] = LowRank(np.hstack(lefts), np.vstack([right for _, right in terms]))
+        return Reduced(products, None, self._others.finish(total))
+
+    def _fold(self, adapter: Adapter, weight: float) -> None:
+        for name, terms in self._terms.items():
+            left, right = adapter.factors(name)
+            scaled = np.multiply(left, weight * adapter.spec.scale(name), dtype=np.float64)
+            terms.append((scaled, right.astype(np.float64)))
+
+
 @dataclass(frozen=True)
 class ProductSum:
-    """Reduce: the exact mean of the products, relative to each client's own start.
+    """Reduce: the exact mean of the products.
 
-    A client that changed nothing contributes nothing, whatever happened to the global factors in
-    the meantime; ranks, alphas and gauges may differ between clients.
+    Relative to each client's own start (``delta``), a client that changed nothing contributes
+    nothing, whatever happened to the global factors in the meantime; ranks, alphas and gauges may
+    differ between clients. Without ``delta`` the mean is that of the products themselves, as
+    FlexLoRA and FLoRIST publish it: what a truncated client never held then counts as zero.
+
+    Attributes:
+        delta: whether changes are added up, or the products.
     """
 
+    delta: bool = True
     mixed_ranks = True
+    counts_unchanged = False
 
     def __str__(self) -> str:
-        return "product-sum"
+        return "product-sum" if self.delta else "product-sum(absolute)"
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new sum for adapters with this specification's modules; always measured."""
         return _ProductSum(spec)
+
+
+@dataclass(frozen=True)
+class RankMean:
+    """Reduce: each rank index averaged over the clients that have it (raFLoRA, 2602.13486).
+
+    With h over the rank levels and N_h the weight of the clients of rank h or more,
+    ``sum_h sum_{k: r_k >= h} (n_k / N_h) s_k B_k[:, l:h] A_k[l:h, :]``, l the level below h:
+    clients of low rank do not dilute the directions that they cannot train. Which levels came this
+    round plays no part, only who has which index; an index that nobody brought keeps its value.
+    Here relative to each client's start, which is the same in a synchronous round and right for
+    late updates.
+
+    Terms are kept until the end, so memory grows with the sum of the clients' ranks.
+    """
+
+    delta = True
+    mixed_ranks = True
+    counts_unchanged = True  # they are part of N_h
+
+    def __str__(self) -> str:
+        return "rank-mean"
+
+    def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
+        """A new sum for adapters with this specification's modules; always measured."""
+        return _RankMean(spec)
 
 
 @dataclass(frozen=True)
@@ -195,7 +264,9 @@ class FactorMean:
     ``sum p_k (B_k - mean B)(A_k - mean A)``; the report says by how much.
     """
 
+    delta = True
     mixed_ranks = False
+    counts_unchanged = False
 
     def __str__(self) -> str:
         return "factor-mean"
@@ -203,9 +274,6 @@ class FactorMean:
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new sum; ``measure`` adds the exact products, for the report."""
         return _FactorMean(spec, measure)
-
-
-Reduce = ProductSum | FactorMean
 
 
 def _pair(tensors: Mapping[str, Array], module: ModuleSpec) -> Factors:

@@ -4,6 +4,8 @@
   orthonormal rows and B carrying the singular values, as in FedSVD (2505.12805, section 3). What
   does not fit stays on the server as a low-rank residual and re-enters the next round.
 * :class:`Keep`: the factors are moved by their mean change and never mixed (a fixed gauge).
+
+Those that keep the rest *beside* the adapter are in :mod:`aggregation.folding`.
 """
 
 from __future__ import annotations
@@ -42,21 +44,33 @@ class Svd:
     Attributes:
         residual_rank: most singular directions that the residual keeps per module; memory and
             checkpoint grow with it, never with the number of clients.
+        energy: share of the squared norm to keep, with the smallest rank that does (FLoRIST,
+            2506.09199, section 3); None keeps all that the global rank can hold.
 
     Raises:
-        RecipeError: if it is negative.
+        RecipeError: if either is out of range.
     """
 
     residual_rank: int = 64
+    energy: float | None = None
+    beside = False
 
     def __post_init__(self) -> None:
         if self.residual_rank < 0:
             raise RecipeError(
                 f"residual_rank={self.residual_rank} must be 0 (drop the residual) or more"
             )
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise RecipeError(f"energy={self.energy} must be above 0 and at most 1; usual is 0.9")
 
     def __str__(self) -> str:
-        return f"svd(residual {self.residual_rank})"
+        share = "" if self.energy is None else f", energy {self.energy:g}"
+        return f"svd(residual {self.residual_rank}{share})"
+
+    @property
+    def down(self) -> str:
+        """Numbers per module that a client gets, in words."""
+        return "r D" if self.energy is None else "r D, rank p <= r"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """Split the exact new update of every module into factors and residual."""
@@ -65,20 +79,22 @@ class Svd:
         for module in spec.modules:
             exact = state.exact(module.name) + change.products[module.name]
             left, values, right = exact.svd()
-            rank = min(module.rank, significant(values, exact.shape))
-            stop = min(len(values), module.rank + self.residual_rank)
+            kept = module.rank if self.energy is None else enough(values, self.energy)
+            kept = min(module.rank, kept)
+            rank = min(kept, significant(values, exact.shape))
+            stop = min(len(values), kept + self.residual_rank)
             factors[module.name] = pad(
                 left[:, :rank] * (values[:rank] / spec.scale(module.name)),
                 right[:rank],
                 module.rank,
             )
-            tail = slice(module.rank, max(stop, module.rank))
+            tail = slice(kept, max(stop, kept))
             residual[module.name] = LowRank(left[:, tail] * values[tail], right[tail])
             modules[module.name] = ModuleReport(
                 rank,
                 significant(values, exact.shape),
                 float(np.linalg.norm(values)),
-                float(np.linalg.norm(values[module.rank :])),
+                float(np.linalg.norm(values[kept:])),
                 float(np.linalg.norm(values[stop:])),
             )
         return Refactored(factors, residual, modules)
@@ -87,6 +103,9 @@ class Svd:
 @dataclass(frozen=True)
 class Keep:
     """Refactor: none; the global factors move by their mean change."""
+
+    beside = False
+    down = "r D"
 
     def __str__(self) -> str:
         return "keep"
@@ -109,7 +128,12 @@ class Keep:
         return Refactored(factors, dict(state.residual), modules)
 
 
-Refactor = Svd | Keep
+def enough(values: Array, energy: float | None) -> int:
+    """The smallest number of leading singular values that hold a share of the squared norm."""
+    if energy is None or not len(values):
+        return len(values)
+    shares = np.cumsum(values**2)
+    return min(len(values), int(np.sum(shares < energy * shares[-1])) + 1)
 
 
 def significant(values: Array, shape: tuple[int, int]) -> int:

@@ -96,6 +96,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
     ) -> None:
         self._config = config
         self._recipe = recipe(config.recipe)
+        self._recipe.check_rounds()
         self._state = initial_state(initial)
         self._evaluate = evaluate
         self._on_round = on_round

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from aggregation.recipe import RECIPES
+from aggregation.recipe import RECIPES, RecipeError
 from simulations.errors import SimulationError
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
@@ -178,6 +178,10 @@ class Federation(_Section):
     def _known_recipe(self) -> Self:
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe {self.recipe!r} is not one of {', '.join(RECIPES)}")
+        try:
+            RECIPES[self.recipe].check_rounds()
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

@@ -137,8 +137,13 @@ def test_fedit_is_the_mean_of_factors_and_misses_by_the_covariance(
     assert report.error == pytest.approx(np.sqrt(missed_all / exact_all), rel=1e-3, abs=1e-6)
 
 
+# FLoRA hands out fresh factors and keeps the update beside them, FLoRIST cuts to 0.9 of the energy:
+# what they return instead is checked in test_further_recipes.py.
+RETURNING = sorted(set(RECIPES) - {"flora", "florist"})
+
+
 @FEW
-@given(specs(), SEEDS, st.integers(1, 4), st.sampled_from(sorted(RECIPES)))
+@given(specs(), SEEDS, st.integers(1, 4), st.sampled_from(RETURNING))
 def test_one_client_and_identical_clients_return_their_update(
     spec: AdapterSpec, seed: int, clients: int, name: str
 ) -> None:
@@ -217,11 +222,11 @@ def test_another_gauge_is_the_same_update_for_the_default_but_not_for_fedit(
     rng = np.random.default_rng(seed)
     state = initial_state(random_adapter(spec, seed))
 
-    def turned(adapter: Adapter) -> Adapter:
+    def turned(adapter: Adapter, stretch: float) -> Adapter:
         tensors = dict(adapter.tensors)
         for m in spec.modules:
             turn = np.linalg.qr(rng.standard_normal((m.rank, m.rank)))[0]
-            turn = turn @ np.diag(rng.uniform(0.5, 2, m.rank))
+            turn = stretch * turn @ np.diag(rng.uniform(0.5, 2, m.rank))
             key_a, key_b = m.keys
             tensors[key_b] = (tensors[key_b] @ turn).astype(np.float32)
             tensors[key_a] = (np.linalg.inv(turn) @ tensors[key_a]).astype(np.float32)
@@ -229,7 +234,7 @@ def test_another_gauge_is_the_same_update_for_the_default_but_not_for_fedit(
 
     trained = [moved(state.adapter, seed + k) for k in range(3)]
     plain = [update(f"c{k}", state.adapter, t) for k, t in enumerate(trained)]
-    other = [update(f"c{k}", state.adapter, turned(t)) for k, t in enumerate(trained)]
+    other = [update(f"c{k}", state.adapter, turned(t, 4.0**k)) for k, t in enumerate(trained)]
     one, _ = run(EXACT, state, plain)
     two, _ = run(EXACT, state, other)
     for m in spec.modules:

@@ -50,6 +50,7 @@ def test_a_bare_word_needs_no_quotes_in_an_override() -> None:
         ("partition.scheme=shards", ['= "shards"', "'iid'", "'dirichlet'", "'natural'"]),
         ("partition.scheme=natural", ["column is needed by scheme 'natural'"]),
         ("federation.recipe=fedavg", ["'fedavg'", "svd-warm-start", "fedit"]),
+        ("federation.recipe=flora", ["beside the adapter", "choose svd-warm-start"]),
         ("federation.min_updates=50", ["federation.min_updates = 50", "partition.clients = 5"]),
         ("privacy.noise_multiplier=1.0", ["give either epsilon or noise_multiplier"]),
         ("data.heldout=1.0", ["--set data.heldout = 1.0", "less than 1"]),

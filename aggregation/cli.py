@@ -1,0 +1,199 @@
+"""``airpeft aggregate`` and ``airpeft recipes``: combining adapters by hand.
+
+Exit codes: 0 done; 2 bad input, or a result that could not be written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from aggregation.offline import Combined, Members
+
+aggregate = typer.Typer(add_completion=False, rich_markup_mode=None)
+recipes = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class Format(StrEnum):
+    """How a result is shown."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="table for people, json for programs.")
+]
+
+
+@aggregate.command(
+    epilog="Examples: airpeft aggregate site-a site-b site-c --weights 3,1,7 --out merged | "
+    "airpeft aggregate site-a site-b --recipe fedit --out mean --report --format json",
+)
+def aggregate_folders(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER...", help="PEFT adapter folders of the same base."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write, new.")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="How they are combined; see airpeft recipes.")
+    ] = "svd-warm-start",
+    weights: Annotated[
+        str | None, typer.Option(help="One number for each folder, as in 3,1,7; else all the same.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.json into the folder.")
+    ] = False,
+    base_digest: Annotated[
+        str | None,
+        typer.Option(help="sha256:... of the base, for folders that other software wrote."),
+    ] = None,
+    base_name: Annotated[
+        str | None, typer.Option(help="Public name of the base in the result's configuration.")
+    ] = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Combine PEFT adapter folders off line, by any recipe.
+
+    The trainable adapter is written to --out. What the recipe keeps beside it is written to
+    --out/residual: load both and make both active for the whole weighted mean.
+    """
+    from aggregation import offline
+    from aggregation.errors import AggregationError
+    from aggregation.recipe import recipe as by_name
+
+    try:
+        if out is None:
+            raise offline.OfflineError("no --out given; name the folder to write")
+        offline.check_new(out)
+        chosen = by_name(recipe)
+        members = offline.read_members(folders or [], _weights(weights), base_digest)
+        combined = offline.combine(chosen, members)
+        said = _describe(recipe, members, combined)
+        extra = {"report.json": (json.dumps(said, indent=2) + "\n").encode()} if report else {}
+        offline.write(out, combined, members, base_name=base_name, extra=extra)
+    except AggregationError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if output is Format.JSON:
+        _show_json("aggregation", {"out": str(out), **said})
+    else:
+        _show(out, said, combined)
+
+
+@recipes.command(
+    epilog="Examples: airpeft recipes | airpeft recipes --format json",
+)
+def list_recipes(output: FormatOption = Format.TABLE) -> None:
+    """List the recipes by name, with what each promises and costs."""
+    from aggregation.recipe import DEFAULT, RECIPES
+
+    if output is Format.JSON:
+        _show_json("recipes", [chosen.describe() for chosen in RECIPES.values()])
+        return
+    rows = []
+    for name, chosen in RECIPES.items():
+        said = chosen.describe()
+        rows.append(
+            [
+                name + (" (default)" if name == DEFAULT else ""),
+                *("yes" if said[key] else "no" for key in ("exact", "mixed_ranks", "secure_sum")),
+                said["trains"],
+                said["up"],
+                said["down"],
+                "yes" if said["in_rounds"] else "no",
+                said["reference"],
+            ]
+        )
+    columns = ["recipe", "exact", "mixed ranks", "secure sum", "trains", "up", "down", "in rounds"]
+    _show_table([*columns, "reference"], rows)
+    typer.echo("\nup and down count numbers per module; D = d_out + d_in, K clients of rank r.")
+
+
+def _weights(text: str | None) -> list[float] | None:
+    from aggregation.offline import OfflineError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OfflineError(f"--weights {text!r} is not numbers with commas, as in 3,1,7") from None
+
+
+def _describe(recipe: str, members: Members, combined: Combined) -> dict[str, Any]:
+    report = combined.report
+    spec = combined.adapter.spec
+    beside: dict[str, int] = {}
+    for adapter in combined.residual:
+        for module in adapter.spec.modules:
+            beside[module.name] = beside.get(module.name, 0) + module.rank
+    modules = {}
+    for module in spec.modules:
+        said = report.modules.get(module.name)
+        modules[module.name] = {
+            "rank": said.rank if said else 0,
+            "energy": said.energy if said else 1.0,
+            "error": said.error if said else 0.0,
+            "residual_rank": beside.get(module.name, 0),
+            "error_with_residual": said.dropped / said.norm if said and said.norm else 0.0,
+            "bytes": 4 * module.rank * (module.d_in + module.d_out),
+            "residual_bytes": 4 * beside.get(module.name, 0) * (module.d_in + module.d_out),
+        }
+    return {
+        "recipe": recipe,
+        "folders": {m.name: m.weight for m in members.members},
+        "base_name": members.base_name,
+        "base_digest": spec.base_digest if members.base_known else None,
+        "error": report.error,
+        "energy": report.energy,
+        "bytes_in": sum(m.adapter.nbytes for m in members.members),
+        "bytes": combined.adapter.nbytes,
+        "residual_bytes": sum(adapter.nbytes for adapter in combined.residual),
+        "modules": modules,
+    }
+
+
+def _show(out: Path, said: dict[str, Any], combined: Combined) -> None:
+    rows = [
+        [
+            name,
+            module["rank"],
+            f"{module['energy']:.4f}",
+            f"{module['error']:.2e}",
+            module["residual_rank"],
+            f"{module['error_with_residual']:.2e}",
+            module["bytes"],
+            module["residual_bytes"],
+        ]
+        for name, module in said["modules"].items()
+    ]
+    columns = ["module", "rank", "energy", "error", "residual rank", "error with residual"]
+    _show_table([*columns, "bytes", "residual bytes"], rows)
+    typer.echo(
+        f"\n{said['recipe']} of {len(said['folders'])} adapters ({said['bytes_in']} bytes): "
+        f"energy {said['energy']:.4f}, error {said['error']:.2e} against the exact mean"
+    )
+    typer.echo(f"{out}: {said['bytes']} bytes, trainable")
+    for index, adapter in enumerate(combined.residual):
+        folder = out / (f"residual-{index + 1}" if index else "residual")
+        typer.echo(f"{folder}: {adapter.nbytes} bytes, to be loaded beside it")
+
+
+def _show_json(thing: str, data: Any) -> None:
+    typer.echo(json.dumps({"schema": f"airpeft.v1.{thing}", "data": data}, indent=2))
+
+
+def _show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+    for row in [list(columns), *texts]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
