@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clients.errors import ClientError
 from protos.messages import RejectReason
-from protos.signed import ReleaseStatement, payload_path
+from protos.signed import SignedPayload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +28,16 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignedRelease:
+class SignedRelease(SignedPayload):
     """A release that both roles agree on, with the order that brought it.
 
     Attributes:
-        statement: what the adapter keys say about it.
-        sha256: of the payload, hex.
-        length: bytes of the payload.
         rollout: name of the rollout that ordered it.
         sequence: of the round that ordered it.
     """
 
-    statement: ReleaseStatement
-    sha256: str
-    length: int
     rollout: str
     sequence: int
-
-    @property
-    def name(self) -> str:
-        """What people call it: ``<channel>-<counter>``."""
-        return self.statement.name
 
     @property
     def channel(self) -> str:
@@ -59,16 +48,6 @@ class SignedRelease:
     def counter(self) -> int:
         """Its number in the channel."""
         return self.statement.counter
-
-    @property
-    def target(self) -> str:
-        """Its name in the metadata."""
-        return self.statement.target
-
-    @property
-    def path(self) -> str:
-        """What to ask ``Fetch`` for."""
-        return payload_path(self.target, self.sha256)
 
     @property
     def plain_length(self) -> int:

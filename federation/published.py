@@ -32,6 +32,7 @@ from protos.signed import (
     Assignment,
     ReleaseStatement,
     RoundDocument,
+    SignedPayload,
     StatementError,
     payload_path,
 )
@@ -53,27 +54,8 @@ class PublishError(RepositoryError):
 
 
 @dataclass(frozen=True)
-class ReleaseRecord:
-    """A release as the adapter keys signed it: the statement, and its payload's bytes."""
-
-    statement: ReleaseStatement
-    sha256: str
-    length: int
-
-    @property
-    def name(self) -> str:
-        """What people call it: ``<channel>-<counter>``."""
-        return self.statement.name
-
-    @property
-    def target(self) -> str:
-        """Its name in the metadata."""
-        return self.statement.target
-
-    @property
-    def path(self) -> str:
-        """Its file in the repository, which devices ask for."""
-        return payload_path(self.target, self.sha256)
+class ReleaseRecord(SignedPayload):
+    """A release that this repository holds."""
 
 
 @dataclass(frozen=True)

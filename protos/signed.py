@@ -59,12 +59,43 @@ __all__ = [
     "PrivacyClaim",
     "ReleaseStatement",
     "RoundDocument",
+    "SignedPayload",
     "StatementError",
     "check_channel",
     "payload_path",
     "split_target",
     "target_name",
 ]
+
+
+@dataclass(frozen=True)
+class SignedPayload:
+    """A release as the adapter keys signed it.
+
+    Attributes:
+        statement: what they say about it.
+        sha256: of the payload, hex.
+        length: bytes of the payload.
+    """
+
+    statement: ReleaseStatement
+    sha256: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        """What people call it: ``<channel>-<counter>``."""
+        return self.statement.name
+
+    @property
+    def target(self) -> str:
+        """Its name in the metadata."""
+        return self.statement.target
+
+    @property
+    def path(self) -> str:
+        """Its file in the repository, which devices ask for."""
+        return payload_path(self.target, self.sha256)
 
 
 @dataclass(frozen=True)
