@@ -67,7 +67,7 @@ def aggregate_folders(
     """
     from aggregation import offline
     from aggregation.errors import AggregationError
-    from aggregation.recipe import recipe as by_name
+    from aggregation.recipes import recipe as by_name
 
     try:
         if out is None:
@@ -93,7 +93,7 @@ def aggregate_folders(
 )
 def list_recipes(output: FormatOption = Format.TABLE) -> None:
     """List the recipes by name, with what each promises and costs."""
-    from aggregation.recipe import DEFAULT, RECIPES
+    from aggregation.recipes import DEFAULT, RECIPES
 
     if output is Format.JSON:
         _show_json("recipes", [chosen.describe() for chosen in RECIPES.values()])

@@ -14,19 +14,18 @@ import numpy.typing as npt
 from aggregation.adapter import Adapter
 from aggregation.errors import RecipeError
 from aggregation.low_rank import LowRank
+from aggregation.piece import Piece
 from aggregation.refactoring import pad
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState
 
 
 @dataclass(frozen=True)
-class Same:
+class Same(Piece):
     """Distribute: every client gets the global adapter as it is."""
 
+    kind = "same"
     mixed_ranks = False
-
-    def __str__(self) -> str:
-        return "same"
 
     def adapter(self, state: GlobalState, spec: AdapterSpec) -> Adapter:
         """The global adapter.
@@ -43,13 +42,11 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Truncate:
+class Truncate(Piece):
     """Distribute: the best approximation at the client's own rank, in the client's own scale."""
 
+    kind = "truncate"
     mixed_ranks = True
-
-    def __str__(self) -> str:
-        return "truncate"
 
     def adapter(self, state: GlobalState, spec: AdapterSpec) -> Adapter:
         """What a client with this specification loads.

@@ -13,6 +13,7 @@ import numpy as np
 
 from aggregation.init import initial_adapter
 from aggregation.low_rank import LowRank
+from aggregation.piece import Piece
 from aggregation.reducing import Reduced
 from aggregation.refactoring import Keep, Refactored, pad, significant
 from aggregation.report import ModuleReport
@@ -20,7 +21,7 @@ from aggregation.state import GlobalState
 
 
 @dataclass(frozen=True)
-class SvdFold:
+class SvdFold(Piece):
     """Refactor: the best factors of the rank train on, the rest is applied beside them for ever.
 
     FedMomentum (2603.08014): with U S V^T the SVD of the mean of the trainable products, the first
@@ -28,11 +29,9 @@ class SvdFold:
     low-rank matrix of their own, since folding into a quantised base would lose them.
     """
 
+    kind = "svd-fold"
     beside = True
     down = "K r D"
-
-    def __str__(self) -> str:
-        return "svd-fold"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """Split the trainable update of every module; the rest joins the residual."""
@@ -52,7 +51,7 @@ class SvdFold:
 
 
 @dataclass(frozen=True)
-class MeanResidual:
+class MeanResidual(Piece):
     """Refactor: means of the factors, and what their product misses beside them for ever.
 
     FedEx-LoRA (2410.09432): A and B become their means, and ``sum p_k s_k B_k A_k - s B A`` is
@@ -60,11 +59,9 @@ class MeanResidual:
     round at most.
     """
 
+    kind = "mean-residual"
     beside = True
     down = "K r D"
-
-    def __str__(self) -> str:
-        return "mean-residual"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """Move the factors as :class:`Keep` does; what that misses joins the residual."""
@@ -78,7 +75,7 @@ class MeanResidual:
 
 
 @dataclass(frozen=True)
-class Fresh:
+class Fresh(Piece):
     """Refactor: the whole update goes beside, and training begins afresh.
 
     FLoRA (2409.05976): the stacked factors, whose product is the exact mean, are merged into the
@@ -86,11 +83,9 @@ class Fresh:
     of its own, compressed without loss.
     """
 
+    kind = "fresh"
     beside = True
     down = "K r D"
-
-    def __str__(self) -> str:
-        return "fresh"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """New factors, drawn from the number of the round; all that was learnt is the residual."""

@@ -23,6 +23,7 @@ import numpy as np
 
 from aggregation.adapter import Adapter
 from aggregation.low_rank import Array, LowRank
+from aggregation.piece import Piece
 from aggregation.spec import AdapterSpec, ModuleSpec
 
 Factors = tuple[Array, Array]
@@ -206,7 +207,7 @@ class _RankMean:
 
 
 @dataclass(frozen=True)
-class ProductSum:
+class ProductSum(Piece):
     """Reduce: the exact mean of the products.
 
     Relative to each client's own start (``delta``), a client that changed nothing contributes
@@ -219,11 +220,11 @@ class ProductSum:
     """
 
     delta: bool = True
+    kind = "product-sum"
+    linear = False
+    weighted = True
     mixed_ranks = True
     counts_unchanged = False
-
-    def __str__(self) -> str:
-        return "product-sum" if self.delta else "product-sum(absolute)"
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new sum for adapters with this specification's modules; always measured."""
@@ -231,7 +232,7 @@ class ProductSum:
 
 
 @dataclass(frozen=True)
-class RankMean:
+class RankMean(Piece):
     """Reduce: each rank index averaged over the clients that have it (raFLoRA, 2602.13486).
 
     With h over the rank levels and N_h the weight of the clients of rank h or more,
@@ -244,12 +245,12 @@ class RankMean:
     Terms are kept until the end, so memory grows with the sum of the clients' ranks.
     """
 
+    kind = "rank-mean"
+    linear = False
+    weighted = False
     delta = True
     mixed_ranks = True
     counts_unchanged = True  # they are part of N_h
-
-    def __str__(self) -> str:
-        return "rank-mean"
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new sum for adapters with this specification's modules; always measured."""
@@ -257,19 +258,19 @@ class RankMean:
 
 
 @dataclass(frozen=True)
-class FactorMean:
+class FactorMean(Piece):
     """Reduce: the mean of B and the mean of A, each on its own (FedIT, Zhang et al. 2023).
 
     Its product differs from the mean of the products by the covariance
     ``sum p_k (B_k - mean B)(A_k - mean A)``; the report says by how much.
     """
 
+    kind = "factor-mean"
+    linear = True
+    weighted = True
     delta = True
     mixed_ranks = False
     counts_unchanged = False
-
-    def __str__(self) -> str:
-        return "factor-mean"
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new sum; ``measure`` adds the exact products, for the report."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from aggregation.errors import RecipeError
 from aggregation.low_rank import Array, LowRank
+from aggregation.piece import Piece
 from aggregation.reducing import Factors, Reduced
 from aggregation.report import ModuleReport
 from aggregation.state import GlobalState
@@ -38,7 +39,7 @@ class Refactored:
 
 
 @dataclass(frozen=True)
-class Svd:
+class Svd(Piece):
     """Refactor: truncated SVD with a residual that stays on the server.
 
     Attributes:
@@ -53,6 +54,7 @@ class Svd:
 
     residual_rank: int = 64
     energy: float | None = None
+    kind = "svd"
     beside = False
 
     def __post_init__(self) -> None:
@@ -62,10 +64,6 @@ class Svd:
             )
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RecipeError(f"energy={self.energy} must be above 0 and at most 1; usual is 0.9")
-
-    def __str__(self) -> str:
-        share = "" if self.energy is None else f", energy {self.energy:g}"
-        return f"svd(residual {self.residual_rank}{share})"
 
     @property
     def down(self) -> str:
@@ -101,14 +99,12 @@ class Svd:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Piece):
     """Refactor: none; the global factors move by their mean change."""
 
+    kind = "keep"
     beside = False
     down = "r D"
-
-    def __str__(self) -> str:
-        return "keep"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """Move the factors, and measure against the exact products where those are known."""

@@ -14,12 +14,13 @@ import numpy as np
 
 from aggregation.adapter import Adapter
 from aggregation.low_rank import Array, LowRank
+from aggregation.piece import Piece
 from aggregation.reducing import Accumulator, Reduced
 from aggregation.spec import AdapterSpec
 
 
 @dataclass(frozen=True)
-class GeometricMedian:
+class GeometricMedian(Piece):
     """Reduce: the point with the least weighted sum of distances to the updates (RFA, 1912.13445).
 
     The smoothed Weiszfeld iteration of the paper (algorithm 2): weights
@@ -36,12 +37,12 @@ class GeometricMedian:
 
     nu: float = 1e-6
     iterations: int = 1000
+    kind = "geometric-median"
+    linear = False
+    weighted = False
     delta = True
     mixed_ranks = True
     counts_unchanged = True  # who stays put has a say in where the middle is
-
-    def __str__(self) -> str:
-        return "geometric-median"
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
         """A new collection of updates; always measured."""

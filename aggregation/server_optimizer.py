@@ -1,7 +1,7 @@
 """The optimise piece: what the server does with the mean change.
 
 >>> str(Sgd())
-'sgd(1)'
+'sgd'
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 
 from aggregation.errors import RecipeError
+from aggregation.piece import Piece
 from aggregation.reducing import Reduced
 
 
 @dataclass(frozen=True)
-class Sgd:
+class Sgd(Piece):
     """Optimise: add the mean change, times a server learning rate (Reddi et al. 2021, alg. 1).
 
     Attributes:
@@ -25,6 +26,7 @@ class Sgd:
     """
 
     learning_rate: float = 1.0
+    kind = "sgd"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -32,9 +34,6 @@ class Sgd:
                 f"server learning_rate={self.learning_rate} must be positive and finite; "
                 "1 is plain averaging"
             )
-
-    def __str__(self) -> str:
-        return f"sgd({self.learning_rate:g})"
 
     def step(self, reduced: Reduced) -> Reduced:
         """The change to apply."""

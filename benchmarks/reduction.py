@@ -17,8 +17,9 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from aggregation.adapter import Adapter
 from aggregation.init import initial_adapter
 from aggregation.low_rank import LowRank
-from aggregation.recipe import initial_state, recipe
+from aggregation.recipes import recipe
 from aggregation.spec import AdapterSpec, ModuleSpec, TensorSpec
+from aggregation.state import initial_state
 from aggregation.update import Update
 
 BASE = "sha256:" + "0" * 64

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from aggregation.adapter import Adapter
-from aggregation.recipe import recipe
+from aggregation.recipes import recipe
 from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update, UpdateError
 from federation import cohort

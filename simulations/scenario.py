@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from aggregation.recipe import RECIPES, RecipeError
+from aggregation.errors import RecipeError
+from aggregation.recipes import RECIPES
 from simulations.errors import SimulationError
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import airpeft
 from aggregation import peft_layout
 from aggregation.adapter import Adapter
-from aggregation.recipe import RECIPES
+from aggregation.recipes import RECIPES
 from aggregation.spec import TensorSpec
 from tests.aggregation.adapters import plain_spec, products, random_adapter, relative
 

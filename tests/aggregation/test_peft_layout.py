@@ -23,8 +23,9 @@ from aggregation import peft_layout
 from aggregation.adapter import Adapter
 from aggregation.low_rank import LowRank
 from aggregation.peft_layout import LayoutError
-from aggregation.recipe import initial_state, recipe
+from aggregation.recipes import recipe
 from aggregation.spec import Orientation
+from aggregation.state import initial_state
 from tests.aggregation.adapters import BASE, moved, plain_spec, random_adapter, relative, update
 
 pytestmark = pytest.mark.filterwarnings("ignore")

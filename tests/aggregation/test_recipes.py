@@ -8,24 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
+from aggregation.distributing import Same
+from aggregation.errors import RecipeError
 from aggregation.init import initial_adapter
 from aggregation.low_rank import LowRank
-from aggregation.recipe import (
-    RECIPES,
-    AggregationReport,
-    FactorMean,
-    GlobalState,
-    Keep,
-    Recipe,
-    RecipeError,
-    Same,
-    Sgd,
-    Svd,
-    Uniform,
-    initial_state,
-    recipe,
-)
+from aggregation.pieces import Uniform
+from aggregation.recipe import Recipe
+from aggregation.recipes import RECIPES, recipe
+from aggregation.reducing import FactorMean
+from aggregation.refactoring import Keep, Svd
+from aggregation.report import AggregationReport
+from aggregation.server_optimizer import Sgd
 from aggregation.spec import AdapterSpec
+from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update
 from tests.aggregation.adapters import (
     FEW,
@@ -382,11 +377,11 @@ def test_measuring_can_be_left_out_where_it_costs_extra() -> None:
 
 
 def test_unsound_recipes_cannot_be_built_and_say_what_could() -> None:
-    with pytest.raises(RecipeError, match=r"choose refactor=Svd\(\)"):
+    with pytest.raises(RecipeError, match=r"choose refactor=svd"):
         Recipe("x", refactor=Keep())
-    with pytest.raises(RecipeError, match=r"choose distribute=Same\(\)"):
+    with pytest.raises(RecipeError, match=r"choose distribute=same"):
         Recipe("x", reduce=FactorMean(), refactor=Keep())
-    with pytest.raises(RecipeError, match=r"choose refactor=Keep\(\)"):
+    with pytest.raises(RecipeError, match=r"choose refactor=keep"):
         Recipe("x", reduce=FactorMean(), distribute=Same())
     with pytest.raises(RecipeError, match="not one of ByExamples, Uniform"):
         Recipe("x", weigh="examples")  # type: ignore[arg-type]

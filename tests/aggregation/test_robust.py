@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
-from aggregation.recipe import GeometricMedian, GlobalState, initial_state, recipe
+from aggregation.recipes import recipe
+from aggregation.robust import GeometricMedian
+from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update
 from tests.aggregation.adapters import (
     FEW,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
 from aggregation.low_rank import LowRank
-from aggregation.recipe import recipe
+from aggregation.recipes import recipe
 from aggregation.state import GlobalState, StateError, initial_state
 from tests.aggregation.adapters import FEW, moved, plain_spec, random_adapter, specs, update
 

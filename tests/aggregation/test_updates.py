@@ -9,8 +9,9 @@ import pytest
 
 from aggregation.adapter import Adapter
 from aggregation.errors import AggregationError
-from aggregation.recipe import RECIPES, initial_state, recipe
+from aggregation.recipes import RECIPES, recipe
 from aggregation.spec import AdapterSpec, ModuleSpec
+from aggregation.state import initial_state
 from aggregation.update import Update, UpdateError, UpdateReason
 from tests.aggregation.adapters import moved, plain_spec, random_adapter, update
 
