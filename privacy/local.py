@@ -20,7 +20,7 @@ gradients do not need). The noise is ours, from a keystream: Opacus' own is not 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -58,10 +58,14 @@ class PrivateSgd:
         noise_multiplier: standard deviation of the noise, over ``max_grad_norm``; 0 for none.
         expected_batch: sampling rate times the number of examples: the divisor of the sum.
         noise: where the noise comes from.
+        masks: by parameter name, 1 where an entry trains and 0 where it does not, of a shape that
+            broadcasts to the parameter's. A masked entry counts in no norm and gets no noise:
+            clipping would else spend the bound on what never leaves. Masks must not depend on
+            the data.
 
     Raises:
-        MechanismError: if the model has a part for which no gradient per example exists, or the
-            optimiser holds other parameters than those that train.
+        MechanismError: if the model has a part for which no gradient per example exists, the
+            optimiser holds other parameters than those that train, or a mask fits none of them.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class PrivateSgd:
         noise_multiplier: float,
         expected_batch: float,
         noise: Stream,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_model(model)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -82,6 +87,13 @@ class PrivateSgd:
                 "the optimiser must hold exactly the model's trainable parameters; build it after "
                 "the adapter is attached (an optimiser built before holds tensors that never "
                 "train, see opacus issue 820)"
+            )
+        self._masks = dict(masks or {})
+        unfit = [n for n, m in self._masks.items() if not self._fits(n, m)]
+        if unfit:
+            raise MechanismError(
+                f"the mask of {unfit[0]} fits no trainable parameter; make the masks after the "
+                "adapter is attached, for parameters that train"
             )
         self._model = model
         self._was_training = model.training
@@ -140,6 +152,7 @@ class PrivateSgd:
         count = 0
         for loss in losses:
             loss.sum().backward()
+            self._mask_samples()
             self._clipper.clip_and_accumulate()
             for parameter in self._parameters.values():
                 parameter.grad_sample = parameter.grad = None  # the clipped sum stays
@@ -154,9 +167,28 @@ class PrivateSgd:
             self._check_moved(before)
         return count
 
+    def _fits(self, name: str, mask: Tensor) -> bool:
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            return False
+        try:
+            return bool(torch.broadcast_shapes(mask.shape, parameter.shape) == parameter.shape)
+        except RuntimeError:
+            return False
+
+    def _mask_samples(self) -> None:
+        """Before clipping: what does not train must not take part in any example's norm."""
+        for name, mask in self._masks.items():
+            parameter = self._parameters[name]
+            samples = getattr(parameter, "grad_sample", None)
+            # A layer that ran more than once has a list; torch and Opacus keep either.
+            for sample in samples if isinstance(samples, list) else [samples]:
+                if sample is not None:
+                    sample.mul_(mask)
+
     def _release(self) -> None:
         """Turn the clipped sums into ``grad``: add the noise, divide by the expected batch."""
-        for parameter in self._parameters.values():
+        for name, parameter in self._parameters.items():
             total = parameter.summed_grad
             total = torch.zeros_like(parameter) if total is None else total
             if self._std > 0:
@@ -164,15 +196,19 @@ class PrivateSgd:
                 # Scaled and added in double precision, then rounded once.
                 noise = torch.from_numpy(normal * self._std)
                 total = (total.double() + noise).to(parameter.dtype)
+                if name in self._masks:
+                    total = total * self._masks[name]
             parameter.grad = total / self._expected
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self._parameters.items()}
 
     def _check_moved(self, before: dict[str, Tensor]) -> None:
-        still = [n for n, p in self._parameters.items() if torch.equal(p.detach(), before[n])]
+        idle = {name for name, mask in self._masks.items() if not mask.any()}
+        names = [name for name in self._parameters if name not in idle]
+        still = [n for n in names if torch.equal(self._parameters[n].detach(), before[n])]
         # Without noise A has a gradient of exactly zero while B is zero, so one mover is enough.
-        if (still and self._std > 0) or len(still) == len(self._parameters):
+        if (still and self._std > 0) or (still and len(still) == len(names)):
             raise MechanismError(
                 f"{still[0]} did not move in the first private step: its gradient does not reach "
                 "the optimiser. The usual cause is a model wrapped after the optimiser was built, "
