@@ -37,7 +37,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "simulate": ("simulations.cli", "simulate", "Train an adapter over simulated clients."),
     "aggregate": ("aggregation.cli", "aggregate", "Combine PEFT adapter folders off line."),
-    "recipes": ("aggregation.cli", "recipes", "List the ways of combining, with their properties."),
+    "recipes": (
+        "aggregation.recipes_cli",
+        "recipes",
+        "List the ways of combining, with their properties.",
+    ),
     "server": ("federation.cli", "server", "Run the fleet's server: gRPC, REST, rollouts."),
     "keys": ("federation.release_cli", "keys", "Make and show the keys that sign releases."),
     "release": ("federation.release_cli", "release", "Make, sign, publish and verify releases."),

@@ -11,15 +11,17 @@
 
 Tensors are float32 in memory, whatever they travel as. The digest covers the specification and
 every value bit for bit; it does not cover how the adapter was stored or sent.
+
+All values lie in one vector, in canonical order, and the tensors are views of it: packing is free,
+and what looks at every value (checks, sums, comparisons) is one pass over one array.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,32 @@ from aggregation.errors import AggregationError
 from aggregation.spec import AdapterSpec
 
 FloatArray = npt.NDArray[np.float32]
+# Two adapters that differ do so at once, nearly always: the rest is looked at only if this agrees.
+_PROBE = 1024
 
 
 class AdapterError(AggregationError):
     """Tensors that do not fit their specification."""
+
+
+class _Tensors(Mapping[str, FloatArray]):
+    """The tensors of a packed vector, each a view that is made when somebody asks for it."""
+
+    __slots__ = ("_layout", "_vector")
+
+    def __init__(self, spec: AdapterSpec, vector: FloatArray) -> None:
+        self._layout = spec.layout
+        self._vector = vector
+
+    def __getitem__(self, key: str) -> FloatArray:
+        first, behind, shape = self._layout[key]
+        return self._vector[first:behind].reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,28 +73,32 @@ class Adapter:
 
     spec: AdapterSpec
     tensors: Mapping[str, npt.NDArray[Any]]
+    _vector: FloatArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        shapes = self.spec.shapes()
-        missing, extra = set(shapes) - set(self.tensors), set(self.tensors) - set(shapes)
-        if missing or extra:
+        layout = self.spec.layout
+        if layout.keys() != self.tensors.keys():
+            missing, extra = set(layout) - set(self.tensors), set(self.tensors) - set(layout)
             raise AdapterError(
                 f"tensors do not match the specification: missing {sorted(missing)[:3]}, "
                 f"unknown {sorted(extra)[:3]}"
             )
-        checked = {}
-        for key, shape in shapes.items():
+        parts = []
+        for key, (_, _, shape) in layout.items():
             value = np.asarray(self.tensors[key])
             if value.dtype.kind != "f" or value.shape != shape:
                 raise AdapterError(
                     f"{key}: expected floats of shape {shape}, "
                     f"got {value.dtype} of shape {value.shape}"
                 )
-            # A view of an immutable copy: nobody holds a writable alias of what the digest covers.
-            copy = np.array(value, dtype=np.float32, order="C")
-            copy.flags.writeable = False
-            checked[key] = copy
-        object.__setattr__(self, "tensors", MappingProxyType(checked))
+            parts.append(np.ascontiguousarray(value, np.float32).data)
+        self._hold(b"".join(parts))
+
+    def _hold(self, data: bytes) -> None:
+        """Take the values over. Bytes cannot change: nobody holds a writable alias of them."""
+        vector = np.frombuffer(data, np.float32)
+        object.__setattr__(self, "_vector", vector)
+        object.__setattr__(self, "tensors", _Tensors(self.spec, vector))
 
     def factors(self, module: str) -> tuple[FloatArray, FloatArray]:
         """B of shape (d_out, r) and A of shape (r, d_in) of one module, scale not folded in."""
@@ -84,9 +112,10 @@ class Adapter:
     def digest(self) -> str:
         """``sha256:<hex>`` over the specification and the little-endian tensors, in order."""
         hasher = hashlib.sha256(self.spec.to_json().encode())
-        for key, value in self.tensors.items():
+        little = self._vector.astype("<f4", copy=False)
+        for key, (first, behind, _) in self.spec.layout.items():
             hasher.update(b"\0" + key.encode() + b"\0")
-            hasher.update(value.astype("<f4", copy=False).tobytes())
+            hasher.update(little[first:behind].data)
         return "sha256:" + hasher.hexdigest()
 
     @property
@@ -94,13 +123,30 @@ class Adapter:
         """Bytes of all tensors as float32."""
         return 4 * self.spec.size
 
+    @cached_property
+    def extent(self) -> tuple[float, float]:
+        """The least and the largest value; NaN if any value is."""
+        return float(self._vector.min()), float(self._vector.max())
+
     def is_finite(self) -> bool:
         """Whether no value is NaN or infinite."""
-        return all(bool(np.isfinite(value).all()) for value in self.tensors.values())
+        return bool(np.isfinite(self.extent).all())
+
+    def same_values(self, other: Adapter) -> bool:
+        """Whether two adapters have one specification and no value that differs."""
+        mine, theirs = self._vector, other._vector
+        return (
+            (self.spec is other.spec or self.spec == other.spec)
+            and np.array_equal(mine[:_PROBE], theirs[:_PROBE])
+            and np.array_equal(mine, theirs)
+        )
 
     def pack(self) -> FloatArray:
-        """All tensors as one float32 vector, in canonical order: how it travels in Flower."""
-        return np.concatenate([value.ravel() for value in self.tensors.values()])
+        """All tensors as one float32 vector, in canonical order: how it travels in Flower.
+
+        It is the adapter's own and read-only; ``pack().copy()`` may be changed.
+        """
+        return self._vector
 
     @classmethod
     def unpack(cls, spec: AdapterSpec, vector: npt.NDArray[Any]) -> Adapter:
@@ -114,14 +160,12 @@ class Adapter:
                 f"expected {spec.size} floats in one vector, "
                 f"got {vector.dtype} of shape {vector.shape}"
             )
-        tensors, start = {}, 0
-        for key, shape in spec.shapes().items():
-            stop = start + int(np.prod(shape))
-            tensors[key] = vector[start:stop].reshape(shape)
-            start = stop
-        return cls(spec, tensors)
+        adapter = object.__new__(cls)
+        object.__setattr__(adapter, "spec", spec)
+        adapter._hold(vector.astype(np.float32, copy=False).tobytes())
+        return adapter
 
     @classmethod
     def zeros(cls, spec: AdapterSpec) -> Adapter:
         """An adapter that changes nothing and whose head answers zero."""
-        return cls(spec, {key: np.zeros(shape, np.float32) for key, shape in spec.shapes().items()})
+        return cls.unpack(spec, np.zeros(spec.size, np.float32))

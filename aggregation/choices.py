@@ -9,46 +9,98 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from aggregation.distributing import Same, Truncate
+from aggregation.codecs import CODECS
+from aggregation.coordinate_rules import Bulyan, Median, TrimmedMean
+from aggregation.distributing import Cut, Same, Truncate
 from aggregation.errors import RecipeError
 from aggregation.folding import Fresh, MeanResidual, SvdFold
+from aggregation.index_mean import IndexMean
+from aggregation.padded_mean import PaddedMean
 from aggregation.piece import read_piece
-from aggregation.pieces import ByExamples, Float32, NoPrivacy, Uniform
+from aggregation.pieces import FactorNoise, NoPrivacy
 from aggregation.reducing import FactorMean, ProductSum, RankMean
 from aggregation.refactoring import Keep, Svd
-from aggregation.robust import GeometricMedian
-from aggregation.server_optimizer import Sgd
-from aggregation.train import Alternate, Both, OnlyB
+from aggregation.ridge import Ridge
+from aggregation.robust import FLTrust, GeometricMedian, NormClip
+from aggregation.robust_rules import Krum, MultiKrum
+from aggregation.sent_mean import SentMean
+from aggregation.server_adaptive import FedAdagrad, FedAdam, FedYogi
+from aggregation.server_optimizer import Momentum, Sgd
+from aggregation.sketching import Sketch
+from aggregation.sparse import Sparse
+from aggregation.train import (
+    Aligned,
+    Alternate,
+    AlternateSelect,
+    Both,
+    Core,
+    OnlyB,
+    Overlay,
+    RandomRanks,
+    ShareA,
+)
+from aggregation.weighing import ByExamples, Frobenius, Staleness, Uniform
 
 CHOICES: Mapping[str, tuple[type[Any], ...]] = {
     "train": (
         Both,
         OnlyB,
         Alternate,
+        AlternateSelect,
+        RandomRanks,
+        Core,
+        Aligned,
+        ShareA,
+        Overlay,
     ),
-    "codec": (Float32,),
+    "codec": CODECS,
     "weigh": (
         ByExamples,
         Uniform,
+        Frobenius,
+        Staleness,
     ),
     "reduce": (
         ProductSum,
         FactorMean,
         RankMean,
+        PaddedMean,
+        IndexMean,
+        SentMean,
+        Sketch,
         GeometricMedian,
+        Krum,
+        MultiKrum,
+        FLTrust,
+        NormClip,
+        Median,
+        TrimmedMean,
+        Bulyan,
     ),
-    "private": (NoPrivacy,),
-    "optimise": (Sgd,),
+    "private": (
+        NoPrivacy,
+        FactorNoise,
+    ),
+    "optimise": (
+        Sgd,
+        Momentum,
+        FedAdam,
+        FedYogi,
+        FedAdagrad,
+    ),
     "refactor": (
         Svd,
         Keep,
         SvdFold,
         MeanResidual,
         Fresh,
+        Ridge,
     ),
     "distribute": (
         Truncate,
         Same,
+        Cut,
+        Sparse,
     ),
 }
 

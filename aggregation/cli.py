@@ -1,4 +1,4 @@
-"""``airpeft aggregate`` and ``airpeft recipes``: combining adapters by hand.
+"""``airpeft aggregate``: combining adapters by hand.
 
 Exit codes: 0 done; 2 bad input, or a result that could not be written.
 """
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from aggregation.offline import Combined, Members
 
 aggregate = typer.Typer(add_completion=False, rich_markup_mode=None)
-recipes = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 class Format(StrEnum):
@@ -45,6 +44,17 @@ def aggregate_folders(
     recipe: Annotated[
         str, typer.Option(help="How they are combined; see airpeft recipes.")
     ] = "svd-warm-start",
+    piece: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PIECE=CHOICE",
+            help="Replace a piece of the recipe, as reduce=krum(liars=2); may be repeated.",
+        ),
+    ] = None,
+    trusted: Annotated[
+        Path | None,
+        typer.Option(help="The folder that fltrust compares all others with; not in the mean."),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One number for each folder, as in 3,1,7; else all the same.")
     ] = None,
@@ -60,10 +70,13 @@ def aggregate_folders(
     ] = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Combine PEFT adapter folders off line, by any recipe.
+    """Combine PEFT adapter folders off line, by a recipe.
 
     The trainable adapter is written to --out. What the recipe keeps beside it is written to
     --out/residual: load both and make both active for the whole weighted mean.
+
+    Recipes that need clients over rounds (personal models, noise on the client, learnt step sizes)
+    are refused with the reason.
     """
     from aggregation import offline
     from aggregation.errors import AggregationError
@@ -73,48 +86,49 @@ def aggregate_folders(
         if out is None:
             raise offline.OfflineError("no --out given; name the folder to write")
         offline.check_new(out)
-        chosen = by_name(recipe)
-        members = offline.read_members(folders or [], _weights(weights), base_digest)
-        combined = offline.combine(chosen, members)
-        said = _describe(recipe, members, combined)
+        chosen = by_name(recipe, _pieces(piece or []))
+        members, name = _members(folders or [], weights, base_digest, trusted)
+        combined = offline.combine(chosen, members, trusted=name)
+        said = _describe(recipe, str(chosen), members, combined)
         extra = {"report.json": (json.dumps(said, indent=2) + "\n").encode()} if report else {}
         offline.write(out, combined, members, base_name=base_name, extra=extra)
     except AggregationError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     if output is Format.JSON:
-        _show_json("aggregation", {"out": str(out), **said})
+        show_json("aggregation", {"out": str(out), **said})
     else:
         _show(out, said, combined)
 
 
-@recipes.command(
-    epilog="Examples: airpeft recipes | airpeft recipes --format json",
-)
-def list_recipes(output: FormatOption = Format.TABLE) -> None:
-    """List the recipes by name, with what each promises and costs."""
-    from aggregation.recipes import DEFAULT, RECIPES
+def _pieces(given: Sequence[str]) -> dict[str, str]:
+    from aggregation.offline import OfflineError
 
-    if output is Format.JSON:
-        _show_json("recipes", [chosen.describe() for chosen in RECIPES.values()])
-        return
-    rows = []
-    for name, chosen in RECIPES.items():
-        said = chosen.describe()
-        rows.append(
-            [
-                name + (" (default)" if name == DEFAULT else ""),
-                *("yes" if said[key] else "no" for key in ("exact", "mixed_ranks", "secure_sum")),
-                said["trains"],
-                said["up"],
-                said["down"],
-                "yes" if said["in_rounds"] else "no",
-                said["reference"],
-            ]
-        )
-    columns = ["recipe", "exact", "mixed ranks", "secure sum", "trains", "up", "down", "in rounds"]
-    _show_table([*columns, "reference"], rows)
-    typer.echo("\nup and down count numbers per module; D = d_out + d_in, K clients of rank r.")
+    pieces: dict[str, str] = {}
+    for text in given:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key or not value:
+            raise OfflineError(f"--piece {text!r} is not PIECE=CHOICE, as in reduce=krum(liars=2)")
+        if key in pieces:
+            raise OfflineError(f"--piece {key} is given twice; give it once")
+        pieces[key] = value
+    return pieces
+
+
+def _members(
+    folders: Sequence[Path], weights: str | None, base_digest: str | None, trusted: Path | None
+) -> tuple[Members, str]:
+    """The adapters, and the name of the trusted one; it may be one of the folders or a further."""
+    from aggregation import offline
+
+    shares = _weights(weights)
+    if trusted is None:
+        return offline.read_members(folders, shares, base_digest), ""
+    known = [folder for folder in folders if folder.resolve() == trusted.resolve()]
+    if known:
+        return offline.read_members(folders, shares, base_digest), str(known[0])
+    shares = [*(shares or [1.0] * len(folders)), 1.0]
+    return offline.read_members([*folders, trusted], shares, base_digest), str(trusted)
 
 
 def _weights(text: str | None) -> list[float] | None:
@@ -128,7 +142,7 @@ def _weights(text: str | None) -> list[float] | None:
         raise OfflineError(f"--weights {text!r} is not numbers with commas, as in 3,1,7") from None
 
 
-def _describe(recipe: str, members: Members, combined: Combined) -> dict[str, Any]:
+def _describe(recipe: str, line: str, members: Members, combined: Combined) -> dict[str, Any]:
     report = combined.report
     spec = combined.adapter.spec
     beside: dict[str, int] = {}
@@ -149,12 +163,14 @@ def _describe(recipe: str, members: Members, combined: Combined) -> dict[str, An
         }
     return {
         "recipe": recipe,
+        "line": line,
         "folders": {m.name: m.weight for m in members.members},
         "base_name": members.base_name,
         "base_digest": spec.base_digest if members.base_known else None,
+        "influence": dict(report.influence),
         "error": report.error,
         "energy": report.energy,
-        "bytes_in": sum(m.adapter.nbytes for m in members.members),
+        "bytes_in": combined.bytes_in,
         "bytes": combined.adapter.nbytes,
         "residual_bytes": sum(adapter.nbytes for adapter in combined.residual),
         "modules": modules,
@@ -187,7 +203,8 @@ def _show(out: Path, said: dict[str, Any], combined: Combined) -> None:
         typer.echo(f"{folder}: {adapter.nbytes} bytes, to be loaded beside it")
 
 
-def _show_json(thing: str, data: Any) -> None:
+def show_json(thing: str, data: Any) -> None:
+    """Print a versioned envelope."""
     typer.echo(json.dumps({"schema": f"airpeft.v1.{thing}", "data": data}, indent=2))
 
 

@@ -6,28 +6,31 @@ refused update leaves no trace but its reason in the report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from aggregation.adapter import Adapter
-from aggregation.distributing import kinship
-from aggregation.errors import AggregationError
+from aggregation.admission import MAX_VALUE, MAX_WEIGHT, Admission
+from aggregation.core_basis import settle
+from aggregation.errors import AggregationError, RecipeError
 from aggregation.reducing import Factors, Reduced
 from aggregation.report import AggregationReport, ModuleReport
-from aggregation.spec import AdapterSpec
+from aggregation.robust import Trusting
+from aggregation.server_optimizer import is_nothing, nothing
+from aggregation.sketches import Sketches
+from aggregation.sketching import SketchSum
 from aggregation.state import GlobalState
-from aggregation.update import Update, UpdateError, UpdateReason
+from aggregation.update import Update, UpdateError
 
 if TYPE_CHECKING:
     from aggregation.recipe import Recipe
 
-MAX_WEIGHT = 1e12
-MAX_VALUE = 1e6
+__all__ = ["MAX_VALUE", "MAX_WEIGHT", "Reduction"]
+UNANSWERED = "late"
 
 
 class Reduction:
@@ -39,15 +42,23 @@ class Reduction:
         state: GlobalState,
         starts: Mapping[str, Adapter] | None,
         measure: bool,
+        trusted: str = "",
     ) -> None:
+        _check_trusted(recipe, trusted)
         self._recipe = recipe
         self._state = state
-        self._starts = {state.adapter.digest: state.adapter, **(starts or {})}
-        needed = recipe.refactor.beside  # a residual is what the exact products leave over
-        self._sum = recipe.reduce.accumulator(state.adapter.spec, measure=measure or needed)
-        self._seen: set[tuple[str, int, str]] = set()
+        self._admission = Admission(recipe, state, starts)
+        needed = recipe.refactor.needs_products
+        # Sums of each client's products would be seen in the clear and without any noise.
+        hidden = any(getattr(recipe.private, name, False) for name in ("secure", "central"))
+        measured = needed or (measure and not hidden)
+        self._sum = recipe.reduce.accumulator(state.adapter.spec, measure=measured)
         self._refused: dict[str, str] = {}
         self._used, self._weight = 0, 0.0
+        self._trusted, self._has_trusted = trusted, False
+        self._shares: dict[str, float] = {}  # weight times discount, by client
+        self._basis: Sketches = {}
+        self._order: list[str] = []  # the clients whose updates entered the sum
         self._changed = False
         self._closed = False
 
@@ -59,42 +70,149 @@ class Reduction:
         """
         self._open()
         try:
-            start = self._check(update)
+            start = self._admission.start_of(update)
         except UpdateError as error:
             self._refused[update.client] = error.reason.value
             raise
         weight = self._recipe.weigh.weight(update)
-        reduce = self._recipe.reduce
-        origin = start if reduce.delta else self._state.adapter
-        changed = not _unchanged(update.adapter, origin)
-        if changed or reduce.counts_unchanged:
-            self._sum.add(update.adapter, origin, weight)
+        share = weight * self._recipe.weigh.discount(self._admission.behind(update))
+        changed = self._fold(update, start, share)
         self._changed = self._changed or changed
-        self._seen.add((update.client, update.round, update.start))
         self._used, self._weight = self._used + 1, self._weight + weight
+        self._shares[update.client] = self._shares.get(update.client, 0.0) + share
 
-    def finish(self) -> tuple[GlobalState, AggregationReport]:
-        """Close the round.
+    def _fold(self, update: Update, start: Adapter, share: float) -> bool:
+        """Add an update to the sum; whether it changes anything."""
+        reduce = self._recipe.reduce
+        if update.sketches:
+            self._sketch_sum().add_first(
+                update.client, update.round, update.sketches, update.adapter, start, share
+            )
+            moved = any(sketch.any() for sketch in update.sketches.values())
+            return moved or not update.adapter.same_values(start)
+        origin = start if reduce.delta else self._state.adapter
+        changed = not update.adapter.same_values(origin)
+        if self._trusted and update.client == self._trusted:
+            cast(Trusting, self._sum).trust(update.adapter, origin)
+            self._has_trusted = True
+        elif changed or reduce.counts_unchanged:
+            self._sum.add(update.adapter, origin, share)
+            self._order.append(update.client)
+        return changed
+
+    def question(self) -> Sketches:
+        """What the clients that have sent sketches have to answer before :meth:`finish`.
 
         Returns:
-            The new state and the report. Without a single usable update the state is the old one;
-            if no client changed anything, only its round number moves on.
+            By module, the basis of the second pass, see :mod:`aggregation.sketching`; empty if
+            there is no second pass.
+        """
+        self._open()
+        if not isinstance(self._sum, SketchSum):
+            return {}
+        self._basis = self._sum.basis()
+        return self._basis
+
+    def waiting(self) -> tuple[str, ...]:
+        """The clients that have not answered :meth:`question`, in the order of their updates."""
+        return tuple(self._sum.unanswered()) if isinstance(self._sum, SketchSum) else ()
+
+    def answer(self, client: str, sketches: Sketches) -> None:
+        """What a client answers to :meth:`question`; without one its update does not count.
+
+        Raises:
+            UpdateError: if the answer cannot be used.
+            AggregationError: if this client was not asked, or has answered before.
+        """
+        self._open()
+        if not self._basis or client not in self.waiting():
+            raise AggregationError(f"client {client} has nothing to answer")
+        try:
+            self._admission.check_answer(client, sketches, self._basis)
+        except UpdateError as error:
+            self._refused[client] = error.reason.value
+            raise
+        self._sketch_sum().add_second(client, sketches)
+
+    def _sketch_sum(self) -> SketchSum:
+        return cast(SketchSum, self._sum)
+
+    def _leave_out_unanswered(self) -> None:
+        """Who sent a first sketch and no second one is not in the result."""
+        if not isinstance(self._sum, SketchSum):
+            return
+        for client, weight in self._sum.drop_unanswered().items():
+            self._refused.setdefault(client, UNANSWERED)
+            self._used, self._weight = self._used - 1, self._weight - weight
+            del self._shares[client]
+
+    def lacks(self) -> str:
+        """Why what has come so far is too little to finish, with the remedy; empty if it is enough.
+
+        Too few updates for a robust rule, or none from the client that it trusts.
+        """
+        if self._trusted and not self._has_trusted:
+            return (
+                f"the trusted client {self._trusted} has sent no usable update, and reduce="
+                f"{self._recipe.reduce} measures all others against it; see that it takes part in "
+                "every round"
+            )
+        return str(self._recipe.reduce.needs(self._used))
+
+    def keep(self) -> tuple[GlobalState, AggregationReport]:
+        """Close the round without a step, because of what it :meth:`lacks`.
+
+        Returns:
+            The old state, and a report that says who was refused and why nothing changed.
 
         Raises:
             AggregationError: if this reduction was finished before.
         """
         self._open()
         self._closed = True
+        return self._state, replace(self._report(self._state, {}), unchanged=self.lacks())
+
+    def finish(self) -> tuple[GlobalState, AggregationReport]:
+        """Close the round.
+
+        Returns:
+            The new state and the report. Without a single usable update the state is the old one;
+            if no client changed anything, only its round number and what the server optimiser
+            still has in motion move on.
+
+        Raises:
+            RecipeError: if the recipe cannot make anything sound of what has come, see
+                :meth:`lacks`; the reduction stays open.
+            AggregationError: if this reduction was finished before.
+        """
+        self._open()
+        self._leave_out_unanswered()
+        reason = self.lacks() if self._used else ""
+        if reason:
+            raise RecipeError(f"{self._recipe.name}: {reason}")
+        self._closed = True
         if not self._used:
             return self._state, self._report(self._state, {})
-        if not self._changed:
-            same = replace(self._state, round=self._state.round + 1)
+        recipe, old, number = self._recipe, self._state, self._state.round + 1
+        learnt = bool(self._changed and self._weight)
+        if not learnt and not recipe.optimise.stateful:
+            same = replace(old, round=number)
             return same, self._report(same, {})
-        change = self._recipe.optimise.step(self._sum.finish(self._weight))
-        split = self._recipe.refactor.apply(self._state, change)
-        adapter = _assemble(self._state.adapter, split.factors, change)
-        state = GlobalState(adapter, split.residual, self._state.round + 1)
-        return state, self._report(state, split.modules)
+        reduced = self._sum.finish(self._weight) if learnt else nothing(old, recipe.reduce.factors)
+        task = recipe.train.assignment(number)
+        change, buffers = recipe.optimise.step(old, reduced, task.sends)
+        influence = self._influence(reduced) if learnt else {}
+        if is_nothing(change):
+            same = replace(old, round=number, buffers=buffers)
+            return same, replace(self._report(same, {}), influence=influence)
+        split = recipe.refactor.apply(old, change)
+        adapter = _assemble(old.adapter, split.factors, change)
+        if task.trains == "core":
+            adapter = settle(adapter, task.seed)
+        buffers = recipe.optimise.transport(adapter.spec, buffers, split.transport)
+        state = GlobalState(adapter, split.residual, number, buffers)
+        report = self._report(state, _with_lost(split.modules, reduced.lost))
+        return state, replace(report, influence=influence)
 
     def _open(self) -> None:
         if self._closed:
@@ -109,62 +227,44 @@ class Reduction:
             modules,
         )
 
-    def _check(self, update: Update) -> Adapter:
-        """Where the update started, if it can be used."""
-        ours, theirs = self._state.adapter.spec, update.adapter.spec
-        who = f"client {update.client}"
-        if theirs.base_digest != ours.base_digest:
-            detail = f"{who} trained on base {theirs.base_digest}, expected {ours.base_digest}"
-            raise UpdateError(UpdateReason.WRONG_BASE, detail)
-        difference = kinship(ours, theirs) or self._mixed(theirs)
-        if difference:
-            raise UpdateError(UpdateReason.WRONG_SHAPE, f"{who}: {difference}")
-        if not (math.isfinite(update.weight) and 0 < update.weight <= MAX_WEIGHT):
-            detail = f"{who}: weight={update.weight} must be above 0 and at most {MAX_WEIGHT:g}"
-            raise UpdateError(UpdateReason.BAD_WEIGHT, detail)
-        if (update.client, update.round, update.start) in self._seen:
-            detail = f"{who} has already sent its update of round {update.round}"
-            raise UpdateError(UpdateReason.DUPLICATE, detail)
-        start = self._start(update.start, theirs)
-        if start is None:
-            detail = f"{who} started from {update.start}, which is not an adapter of this round"
-            raise UpdateError(UpdateReason.UNKNOWN_START, detail)
-        for key, value in update.adapter:
-            largest = float(np.max(np.abs(value)))
-            if not math.isfinite(largest):
-                detail = f"{who}: tensor {key} has values that are NaN or infinite"
-                raise UpdateError(UpdateReason.NOT_FINITE, detail)
-            if largest > MAX_VALUE:
-                detail = f"{who}: tensor {key} has a value of size {largest:g} (> {MAX_VALUE:g})"
-                raise UpdateError(UpdateReason.TOO_LARGE, detail)
-        return start
-
-    def _mixed(self, theirs: AdapterSpec) -> str:
-        ours = self._state.adapter.spec
-        if self._recipe.reduce.mixed_ranks or theirs == ours:
-            return ""
-        for mine, other in zip(ours.modules, theirs.modules, strict=True):
-            if (mine.rank, ours.scale(mine.name)) != (other.rank, theirs.scale(mine.name)):
-                return (
-                    f"module {mine.name} has rank {other.rank} and alpha {other.alpha}, expected "
-                    f"{mine.rank} and {mine.alpha}; recipe svd-warm-start takes mixed ranks"
-                )
-        return ""
-
-    def _start(self, digest: str, spec: AdapterSpec) -> Adapter | None:
-        """A known start, or what this round hands out to clients with this specification."""
-        if digest not in self._starts and spec != self._state.adapter.spec:
-            handed = self._recipe.hand_out(self._state, spec)
-            if handed.digest == digest:  # kept only if it is one: a liar must not fill the memory
-                self._starts[digest] = handed
-        return self._starts.get(digest)
+    def _influence(self, reduced: Reduced) -> dict[str, float]:
+        """What each client's share in the result is."""
+        if not reduced.shares:
+            return {client: share / self._weight for client, share in self._shares.items()}
+        shares = dict.fromkeys(self._shares, 0.0)
+        for client, share in zip(self._order, reduced.shares, strict=True):
+            shares[client] += share
+        return shares
 
 
-def _unchanged(adapter: Adapter, start: Adapter) -> bool:
-    """Whether a client sends back exactly what it started from: its change is exactly zero."""
-    return adapter.spec == start.spec and all(
-        np.array_equal(value, start.tensors[key]) for key, value in adapter
-    )
+def _with_lost(
+    modules: Mapping[str, ModuleReport], lost: Mapping[str, float]
+) -> dict[str, ModuleReport]:
+    """The measurements against the exact mean, where the reduce knows only a part of it.
+
+    Distances add up at most, so what is said is never too good.
+    """
+    return {
+        name: replace(
+            module,
+            distance=module.distance + lost.get(name, 0.0),
+            dropped=module.dropped + lost.get(name, 0.0),
+        )
+        for name, module in modules.items()
+    }
+
+
+def _check_trusted(recipe: Recipe, trusted: str) -> None:
+    if recipe.reduce.trusts and not trusted:
+        raise RecipeError(
+            f"{recipe.name}: reduce={recipe.reduce} measures updates against that of a client that "
+            "the server trusts, with data known to be clean; name that client with trusted=..."
+        )
+    if trusted and not recipe.reduce.trusts:
+        raise RecipeError(
+            f"{recipe.name}: trusted={trusted!r} means nothing to reduce={recipe.reduce}; leave it "
+            "out, or choose reduce=fltrust"
+        )
 
 
 def _assemble(old: Adapter, factors: Mapping[str, Factors], change: Reduced) -> Adapter:

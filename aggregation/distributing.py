@@ -62,7 +62,7 @@ class Truncate(Piece):
         for module in spec.modules:
             left, right = state.adapter.factors(module.name)
             if module.rank < left.shape[1] and left.any():
-                kept, _ = LowRank.of(state.adapter, module.name).truncate(module.rank)
+                kept = LowRank.of(state.adapter, module.name).best(module.rank)
                 wide_left, wide_right = kept.B / spec.scale(module.name), kept.A
             else:
                 ratio = state.adapter.spec.scale(module.name) / spec.scale(module.name)
@@ -74,7 +74,45 @@ class Truncate(Piece):
         return Adapter(spec, tensors)
 
 
-Distribute = Same | Truncate
+@dataclass(frozen=True)
+class Cut(Piece):
+    """Distribute: the first r_k rank indices of the global factors, for a client of rank r_k.
+
+    HetLoRA (2401.06432, section 3.2): ``A[:r_k]`` and ``B[:, :r_k]``, in an order that never
+    changes, so that index j means the same to all who hold it; that is what a mean of factors over
+    clients of several ranks needs. B is in the client's own scale, so what it applies is the sum
+    of the global adapter's first r_k rank-one terms. It is not the best approximation of that rank,
+    as :class:`Truncate` hands out, unless the factors happen to be in the order of an SVD.
+    """
+
+    kind = "cut"
+    mixed_ranks = True
+
+    def adapter(self, state: GlobalState, spec: AdapterSpec) -> Adapter:
+        """What a client with this specification loads.
+
+        Raises:
+            RecipeError: if the specification adapts other modules or another base, or has a rank
+                above the global one.
+        """
+        ours = state.adapter.spec
+        if spec == ours:
+            return state.adapter
+        check_kin(ours, spec)
+        tensors: dict[str, npt.NDArray[np.floating]] = {}
+        tensors |= {tensor.key: state.adapter.tensors[tensor.key] for tensor in spec.others}
+        for module in spec.modules:
+            left, right = state.adapter.factors(module.name)
+            if module.rank > len(right):
+                raise RecipeError(
+                    f"module {module.name}: a client of rank {module.rank} cannot get the first "
+                    f"indices of a global adapter of rank {len(right)}; give it at most that rank"
+                )
+            ratio = ours.scale(module.name) / spec.scale(module.name)
+            key_a, key_b = module.keys
+            tensors[key_a] = right[: module.rank]
+            tensors[key_b] = left[:, : module.rank].astype(np.float64) * ratio
+        return Adapter(spec, tensors)
 
 
 def check_kin(ours: AdapterSpec, theirs: AdapterSpec) -> None:
@@ -102,6 +140,8 @@ def kinship(ours: AdapterSpec, theirs: AdapterSpec) -> str:
         )
     if ours.peft_type != theirs.peft_type:
         return f"peft_type {theirs.peft_type}, expected {ours.peft_type}"
+    if ours.settings != theirs.settings:
+        return f"settings {dict(theirs.settings)}, expected {dict(ours.settings)}"
     return ""
 
 

@@ -7,6 +7,8 @@ The tree (each leaf stands beside the noun that raises it)::
     ├── AdapterError      aggregation.adapter      tensors that do not fit their specification
     │   └── LayoutError   aggregation.peft_layout  a folder that is not a readable PEFT adapter
     ├── TensorFileError   aggregation.tensor_file  bytes that are not acceptable safetensors
+    ├── CodecError        aggregation.codec        numbers or bytes that a codec cannot carry
+    │   └── RingError     aggregation.ring         what would overflow in a secure sum
     ├── PayloadError      aggregation.payload      bytes that do not decode within their limits
     ├── GuardError        aggregation.guard        an adapter that must not be loaded; has a reason
     ├── UpdateError       aggregation.update       one client's update refused; has a reason

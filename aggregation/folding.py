@@ -1,8 +1,12 @@
 """Refactorings that lose nothing, because the rest is applied beside the adapter for ever.
 
-The papers merge that rest into the base model. Here it stays a low-rank matrix of its own: merging
-into a quantised base would lose it, and no base model has to be sent. Whoever loads the adapter
-has to load the residual too, which rounds do not hand out; ``airpeft aggregate`` writes both.
+The papers merge that rest into the base model. Here it stays a low-rank matrix of its own, always:
+merging into a quantised base would lose it (rounding to 4 bits is coarser than the update), and no
+base model has to be sent. Nothing in this package writes to a base.
+
+``fold=true`` says that whoever loads the result is going to merge the rest into a base on their
+own, in full precision and starting from the pristine weights. It changes no number; it makes
+``Recipe.check_base`` refuse a base that is quantised, so that the intention is not lost on the way.
 """
 
 from __future__ import annotations
@@ -26,11 +30,18 @@ class SvdFold(Piece):
 
     FedMomentum (2603.08014): with U S V^T the SVD of the mean of the trainable products, the first
     r directions are the next factors and the others are folded into the base. Here they stay a
-    low-rank matrix of their own, since folding into a quantised base would lose them.
+    low-rank matrix of their own, since folding into a quantised base would lose them. The paper's
+    SVD is a randomised one of the dense mean; ours is exact, of the stacked factors.
+
+    Attributes:
+        fold: whether the receiver is going to merge the rest into a base of full precision.
     """
 
+    fold: bool = False
     kind = "svd-fold"
     beside = True
+    turns = True
+    needs_products = True
     down = "K r D"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
@@ -56,11 +67,18 @@ class MeanResidual(Piece):
 
     FedEx-LoRA (2410.09432): A and B become their means, and ``sum p_k s_k B_k A_k - s B A`` is
     added to the base. Here it stays a low-rank matrix of its own, whose rank grows by (K - 1) r a
-    round at most.
+    round at most. With a server optimiser that moves the factors otherwise than by their mean, what
+    is added is what their mean would have missed.
+
+    Attributes:
+        fold: whether the receiver is going to merge the rest into a base of full precision.
     """
 
+    fold: bool = False
     kind = "mean-residual"
     beside = True
+    turns = False
+    needs_products = True
     down = "K r D"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
@@ -81,10 +99,16 @@ class Fresh(Piece):
     FLoRA (2409.05976): the stacked factors, whose product is the exact mean, are merged into the
     base, and the next round starts from a new A and B = 0. Here the stack stays a low-rank matrix
     of its own, compressed without loss.
+
+    Attributes:
+        fold: whether the receiver is going to merge the stack into a base of full precision.
     """
 
+    fold: bool = False
     kind = "fresh"
     beside = True
+    turns = True
+    needs_products = True
     down = "K r D"
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:

@@ -27,7 +27,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from aggregation import tensor_file
+from aggregation import peft_types, tensor_file
 from aggregation.adapter import Adapter
 from aggregation.errors import AggregationError
 from aggregation.spec import AdapterSpec, Orientation
@@ -92,7 +92,9 @@ def check(
         adapter: decoded, not yet loaded.
         expected_base: digest of the base model on this device.
         shapes: (d_out, d_in) of the base model's layers by module name, as the product B A sees
-            them; None if the runtime compares them itself.
+            them; None if the runtime compares them itself. Vectors, magnitudes and bottlenecks are
+            compared too; of a prompt or prefix only the width, layers and heads being the
+            runtime's business.
         heads: shapes of the tensors that an adapter may replace whole, by name; None allows those
             that the specification lists.
         limits: bounds on the numbers.
@@ -108,6 +110,7 @@ def check(
         )
     if shapes is not None:
         _check_modules(adapter.spec, shapes)
+        _check_own(adapter.spec, shapes)
     if heads is not None:
         _check_heads(adapter.spec, heads)
     for key, value in adapter:
@@ -169,8 +172,29 @@ def _check_modules(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]]) -> 
             raise GuardError(GuardReason.WRONG_MODULE, detail)
 
 
+def _check_own(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """The tensors of a type without factors must fit the layers that they belong to."""
+    tokens, width = peft_types.prompt_shape(spec)
+    if tokens:
+        if width not in {d_in for _, d_in in shapes.values()}:
+            detail = f"virtual tokens of width {width}; no layer of the base model reads that"
+            raise GuardError(GuardReason.WRONG_SHAPE, detail)
+        return
+    for tensor in spec.own:
+        name = peft_types.adapted(tensor)
+        if name not in shapes:
+            if tensor.name.endswith(peft_types.BIAS_SUFFIX):
+                continue  # of a norm, which is no layer; the runtime compares it itself
+            detail = f"the base model has no module {name}"
+            raise GuardError(GuardReason.WRONG_MODULE, detail)
+        expected = peft_types.fitting(tensor, *shapes[name])
+        if tensor.shape != expected:
+            detail = f"{tensor.name} has shape {tensor.shape}, expected {expected}"
+            raise GuardError(GuardReason.WRONG_SHAPE, detail)
+
+
 def _check_heads(spec: AdapterSpec, heads: Mapping[str, tuple[int, ...]]) -> None:
-    for tensor in spec.others:
+    for tensor in spec.whole:
         if tensor.name not in heads:
             allowed = ", ".join(sorted(heads)) or "none"
             detail = f"{tensor.name} may not be replaced by an adapter; allowed: {allowed}"

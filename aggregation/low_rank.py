@@ -6,7 +6,8 @@
     (2, 12.0, 0.0)
 
 Adding stacks the factors, so nothing is lost and nothing dense is made; ``svd`` works on the QR
-cores of the stacks, O(R^2 (d_out + d_in) + R^3) for a stacked rank R. All in float64.
+cores of the stacks (:mod:`aggregation.thin_qr`), O(R^2 (d_out + d_in) + R^3) for a stacked rank R.
+All in float64.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ import numpy.typing as npt
 
 from aggregation.adapter import Adapter
 from aggregation.errors import AggregationError
+from aggregation.thin_qr import Array, thin_qr
 
-Array = npt.NDArray[np.float64]
+__all__ = ["Array", "LowRank"]
+_SAMPLES = 16
+# Squares of singular values, in units of the largest, above which a Gram matrix resolves them: all
+# of them to 1e-10 of the largest, and the vectors that are wanted to 1e-12.
+_ALL_ABOVE, _WANTED_ABOVE = 1e-11, 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,33 +98,41 @@ class LowRank:
 
         By QR, not by ``inner(self)``: differences of nearly equal matrices keep all their digits.
         """
-        if self.rank == 0:
-            return 0.0
         if self.rank >= min(self.shape):
-            return float(np.linalg.norm(self.B @ self.A))
-        r_left: Array = np.asarray(np.linalg.qr(self.B, mode="r"))
-        r_right: Array = np.asarray(np.linalg.qr(self.A.T, mode="r"))
-        return float(np.linalg.norm(r_left @ r_right.T))
+            return float(np.linalg.norm(self.dense()))
+        terms = self._distinct()
+        if terms.rank == 0:
+            return 0.0
+        return float(np.linalg.norm(thin_qr(terms.B).R @ thin_qr(terms.A.T).R.T))
 
-    def svd(self) -> tuple[Array, Array, Array]:
+    def svd(
+        self, most: int | None = None, *, all_rows: bool = False
+    ) -> tuple[Array, Array, Array]:
         """The thin SVD (U, S, Vt), U (d_out, k), S (k,) descending, Vt (k, d_in).
 
-        k is the smaller of the stacked rank and the dimensions. Each row of Vt has its entry of
-        largest magnitude positive, so that the result does not depend on LAPACK's choice of signs.
+        k is the smaller of the dimensions and the number of terms ``b_j a_j`` that are not nothing,
+        those with the same a_j counted once. Each row of Vt has its entry of largest magnitude
+        positive, so that the result does not depend on LAPACK's choice of signs.
+
+        Args:
+            most: make no more than this many singular vectors; the singular values are all there.
+            all_rows: count every term, so that Vt spans all rows of A, whatever B makes of them.
         """
-        if self.rank == 0:
-            return np.zeros((self.shape[0], 0)), np.zeros(0), np.zeros((0, self.shape[1]))
         if self.rank >= min(self.shape):
             # The factors are no smaller than the matrix: two more QRs would only cost time.
-            left, values, right = np.linalg.svd(self.B @ self.A, full_matrices=False)
-        else:
-            q_left, r_left = np.linalg.qr(self.B)
-            q_right, r_right = np.linalg.qr(self.A.T)
-            left, values, right = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
-            left, right = q_left @ left, right @ q_right.T
-        largest = np.argmax(np.abs(right), axis=1)
-        signs = np.where(right[np.arange(len(right)), largest] < 0, -1.0, 1.0)
-        return left * signs, values, right * signs[:, None]
+            left, values, rows = _leading(self.dense(), most, by_gram=True)
+            signs = _signs(rows)
+            return left * signs, values, rows * signs[:, None]
+        terms = self if all_rows else self._distinct()
+        if terms.rank == 0:
+            return np.zeros((self.shape[0], 0)), np.zeros(0), np.zeros((0, self.shape[1]))
+        basis_out, basis_in = thin_qr(terms.B), thin_qr(terms.A.T)
+        well = basis_out.well and basis_in.well
+        left, values, right = _leading(basis_out.R @ basis_in.R.T, most, by_gram=well)
+        rows = basis_in.rows(right)
+        signs = _signs(rows)
+        rows *= signs[:, None]
+        return basis_out.times(left * signs), values, rows
 
     def truncate(self, rank: int) -> tuple[LowRank, LowRank]:
         """The best approximation of this rank (Eckart and Young 1936), and what it leaves out.
@@ -130,14 +144,19 @@ class LowRank:
             (kept, residual): U S and Vt of the largest ``rank`` singular values, and of the others;
             their sum is this matrix.
         """
-        if rank < 0:
-            raise AggregationError(f"rank={rank} must be 0 or more")
+        _check_rank(rank)
         left, values, right = self.svd()
         scaled = left * values
         return (
             LowRank(scaled[:, :rank], right[:rank]),
             LowRank(scaled[:, rank:], right[rank:]),
         )
+
+    def best(self, rank: int) -> LowRank:
+        """What :meth:`truncate` keeps, without the work for what it leaves out."""
+        _check_rank(rank)
+        left, values, right = self.svd(rank)
+        return LowRank(left * values[:rank], right)
 
     def compress(self, tolerance: float = 0.0) -> LowRank:
         """The same matrix with rank at most min(d_out, d_in), so that a running sum stays bounded.
@@ -155,3 +174,83 @@ class LowRank:
     def dense(self) -> Array:
         """The matrix itself, of shape (d_out, d_in); for tests and plots."""
         return self.B @ self.A
+
+    def _distinct(self) -> LowRank:
+        """The same sum without terms that are nothing, and with equal rows of A taken together.
+
+        Where clients kept A, or a start comes in once added and once subtracted, that is most of
+        the stack; and factors with equal columns would be as ill-conditioned as can be.
+        """
+        left, right = self.B, self.A
+        samples = np.ascontiguousarray(right[:, :: _step(right.shape[1])])
+        first = _first_equal(right, samples)
+        keep = first == np.arange(len(first))
+        if not keep.all():
+            place = np.cumsum(keep) - 1
+            left = left[:, keep]
+            for j in np.flatnonzero(~keep):
+                left[:, place[first[j]]] += self.B[:, j]
+            right, samples = right[keep], samples[keep]
+        if samples.any(axis=1).all() and left[:: _step(len(left))].any(axis=0).all():
+            return self if keep.all() else LowRank(left, right)
+        alive = left.any(axis=0) & right.any(axis=1)
+        return LowRank(left[:, alive], right[alive])
+
+
+def _step(count: int) -> int:
+    return max(1, count // _SAMPLES)
+
+
+def _first_equal(rows: Array, samples: Array) -> npt.NDArray[np.intp]:
+    """For every row the index of the first one that is equal to it, bit for bit.
+
+    Args:
+        rows: float64 of shape (n, d).
+        samples: some columns of it; only rows that agree in them are looked at as a whole.
+    """
+    data, width = samples.tobytes(), samples.strides[0]
+    groups: dict[bytes, list[int]] = {}
+    for j in range(len(rows)):
+        groups.setdefault(data[j * width : (j + 1) * width], []).append(j)
+    first = np.arange(len(rows))
+    for group in groups.values():
+        if len(group) > 1:
+            seen: dict[bytes, int] = {}
+            for j in group:
+                first[j] = seen.setdefault(rows[j].tobytes(), j)
+    return first
+
+
+def _leading(matrix: Array, most: int | None, *, by_gram: bool) -> tuple[Array, Array, Array]:
+    """The SVD, with no more than so many singular vectors.
+
+    From the eigenvectors of the Gram matrix, in half the time, where that costs no accuracy: its
+    error in a singular value is eps (s_1 / s_k) of s_1, and that in the angle between two left
+    vectors eps s_1^2 / (s_j s_k).
+
+    Args:
+        matrix: any.
+        most: so many vectors; None for all.
+        by_gram: whether to try it; otherwise the matrix is known to be too ill-conditioned.
+    """
+    if by_gram and matrix.shape[0] >= matrix.shape[1]:
+        squares, turned = np.linalg.eigh(matrix.T @ matrix)
+        wanted = squares[-min(len(squares), most or len(squares))]
+        if squares[0] > _ALL_ABOVE * squares[-1] and wanted > _WANTED_ABOVE * squares[-1]:
+            values = np.sqrt(squares[::-1])
+            right = np.ascontiguousarray(turned[:, ::-1][:, :most])
+            return matrix @ right / values[: right.shape[1]], values, right.T
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return left[:, :most], values, right[:most]
+
+
+def _signs(rows: Array) -> Array:
+    """By row the sign of the entry of largest magnitude."""
+    if not rows.size:
+        return np.ones(len(rows))
+    return np.where(rows.max(axis=1) < -rows.min(axis=1), -1.0, 1.0)
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 0:
+        raise AggregationError(f"rank={rank} must be 0 or more")

@@ -14,6 +14,7 @@ import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from aggregation.errors import AggregationError
 
@@ -78,7 +79,7 @@ class ModuleSpec:
                 "in whole millionths"
             )
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, str]:
         """Names of the A and the B tensor, as PEFT writes them."""
         if self.orientation is Orientation.EMBEDDING:

@@ -1,77 +1,41 @@
 """Adapters that were trained elsewhere, combined off line: PEFT folders in, PEFT folders out.
 
 There is no round here and no common start: every adapter counts with its whole update, as if it
-had started from zero. What a recipe keeps beside the trainable adapter is not lost but becomes
-further adapters, so that all of them together apply the exact weighted mean::
+had started from zero (:mod:`aggregation.offline_clients` says what of a recipe happens before the
+server, and which recipes need real clients). What a recipe keeps beside the trainable adapter is
+not lost but becomes further adapters, so that all together apply the exact weighted mean::
 
     DIR                the trainable adapter
     DIR/residual       the rest; load both and make both active
     DIR/residual-2 ... only where a module's rest has a rank above 256, which no PEFT folder takes
 
-Which base a folder belongs to is its ``airpeft.json``; a folder that other software wrote has
-none, and its configuration's ``base_model_name_or_path`` is compared instead. If no folder has
-one and no digest is given, the result is written without ``airpeft.json``, too.
+If no folder says the digest of its base and none is given, the result is written without
+``airpeft.json``, too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from aggregation import peft_layout
+from aggregation import beside, peft_layout
 from aggregation.adapter import Adapter
-from aggregation.distributing import kinship
-from aggregation.errors import AggregationError
 from aggregation.low_rank import LowRank
+from aggregation.offline_clients import refusal, sent
+from aggregation.offline_folders import Member, Members, OfflineError, read_members
 from aggregation.recipe import Recipe
 from aggregation.refactoring import Svd
 from aggregation.report import AggregationReport
-from aggregation.spec import MAX_RANK, AdapterSpec, ModuleSpec
+from aggregation.sketching import Sketch
+from aggregation.spec import MAX_RANK, AdapterSpec
 from aggregation.state import GlobalState
 from aggregation.update import Update
 
-# Residual directions below this share of a module's update are rounding: adapters are float32.
-_ROUNDING = 1e-9
+__all__ = ["Combined", "Member", "Members", "OfflineError", "check_new", "combine", "read_members"]
 _ALL = 1 << 20
-
-
-class OfflineError(AggregationError):
-    """Folders that cannot be combined; the message names the folder, and the tensor if any."""
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One adapter to combine.
-
-    Attributes:
-        name: its folder, for messages.
-        adapter: what it holds.
-        weight: in the mean, before normalising; 0 leaves it out.
-    """
-
-    name: str
-    adapter: Adapter
-    weight: float
-
-
-@dataclass(frozen=True, eq=False)
-class Members:
-    """The adapters to combine, checked against each other.
-
-    Attributes:
-        members: at least one, of the same base, modules and tensors.
-        base_name: public name of the base model; empty if nobody says.
-        base_known: whether the digest of the base is real, and not a stand-in for its name.
-    """
-
-    members: tuple[Member, ...]
-    base_name: str
-    base_known: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,72 +46,88 @@ class Combined:
         adapter: the trainable part.
         residual: adapters to load beside it, none if nothing is left.
         report: rank, energy and error per module.
+        bytes_in: what the folders' clients would have sent, in bytes.
     """
 
     adapter: Adapter
     residual: tuple[Adapter, ...]
     report: AggregationReport
+    bytes_in: int
 
 
-def read_members(
-    folders: Sequence[Path], weights: Sequence[float] | None, base_digest: str | None = None
-) -> Members:
-    """Read PEFT folders and check that they belong together.
-
-    Args:
-        folders: of adapters on the same base, with the same modules; ranks and alphas may differ.
-        weights: one for each folder; all the same if None.
-        base_digest: of the base model, for folders without ``airpeft.json``.
-
-    Raises:
-        OfflineError: if they do not belong together, or the weights are not usable.
-        LayoutError: if a folder is not a readable adapter.
-    """
-    weights = _checked_weights(folders, weights)
-    bases = {folder: peft_layout.base_of(folder) for folder in folders}
-    digest = base_digest or next((found for _, found in bases.values() if found), None)
-    if base_digest is None:
-        _same_base_name(bases)
-    name = next((found for found, _ in bases.values() if found), "")
-    stand_in = "sha256:" + hashlib.sha256(name.encode()).hexdigest()
-    adapters = [peft_layout.read(folder, base_digest=digest or stand_in) for folder in folders]
-    for folder, adapter in zip(folders[1:], adapters[1:], strict=True):
-        _check_same(folders[0], adapters[0].spec, folder, adapter.spec)
-    members = tuple(
-        Member(str(folder), adapter, weight)
-        for folder, adapter, weight in zip(folders, adapters, weights, strict=True)
-    )
-    if peft_layout.looks_like_path(name):
-        name = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return Members(members, name, digest is not None)
-
-
-def combine(chosen: Recipe, members: Members) -> Combined:
+def combine(chosen: Recipe, members: Members, *, trusted: str = "") -> Combined:
     """The members' weighted mean, by a recipe.
 
     The trainable adapter has the largest rank that a member has, per module; with a recipe that
     chooses the rank by energy, that rank.
 
+    Args:
+        chosen: the recipe.
+        members: the adapters.
+        trusted: name of the member that the others are compared with, for a recipe that does so;
+            it is not in the mean itself.
+
     Raises:
+        OfflineError: if the recipe makes no sense without clients, or folders differ in what it
+            freezes.
+        RecipeError: if the members are too few for the recipe, or of a type that it cannot take.
         UpdateError: if the recipe cannot take a member: another rank under a plain mean, for one.
     """
+    reason = refusal(chosen)
+    if reason:
+        raise OfflineError(reason)
+    counted = [m for m in members.members if m.weight or m.name == trusted]
     spec = _widest([m.adapter.spec for m in members.members])
+    chosen.check_spec(spec)
     by_energy = isinstance(chosen.refactor, Svd) and chosen.refactor.energy is not None
     if isinstance(chosen.refactor, Svd) and chosen.refactor.residual_rank:
-        chosen = replace(chosen, refactor=replace(chosen.refactor, residual_rank=_ALL))
+        # What lies beside a DoRA adapter is not under its magnitudes, so nothing is put there.
+        kept = 0 if spec.setting("use_dora", False) else _ALL
+        chosen = replace(chosen, refactor=replace(chosen.refactor, residual_rank=kept))
     if by_energy:
         spec = spec.with_ranks({m.name: min(MAX_RANK, m.d_in, m.d_out) for m in spec.modules})
-    zeros = {m.adapter.spec.digest: Adapter.zeros(m.adapter.spec) for m in members.members}
+    arrived, number = sent(chosen, [(m.name, m.adapter, m.weight or 1.0) for m in counted])
+    same = next((one.start for one in arrived if one.start.spec == spec), Adapter.zeros(spec))
     reduction = chosen.begin(
-        GlobalState(Adapter.zeros(spec)), starts={zero.digest: zero for zero in zeros.values()}
+        GlobalState(same, round=number - 1),
+        starts={one.start.digest: one.start for one in arrived if one.start.spec != spec},
+        trusted=trusted,
     )
-    for member in members.members:
-        if member.weight:
-            start = zeros[member.adapter.spec.digest].digest
-            reduction.add(Update(member.name, 1, start, member.adapter, member.weight))
+    for one in arrived:
+        reduction.add(Update(one.name, number, one.start.digest, one.adapter, one.weight))
     state, report = reduction.finish()
+    residual = beside.residual_adapters(state)
+    lossy = any(
+        one.adapter.digest != m.adapter.digest for one, m in zip(arrived, counted, strict=True)
+    )
+    if lossy or isinstance(chosen.reduce, Sketch):  # a sketch only estimates what it misses
+        report = _against_folders(counted, state.adapter, residual, report)
     adapter = _trimmed(state.adapter, report) if by_energy else state.adapter
-    return Combined(adapter, _residuals(state, report), report)
+    return Combined(adapter, residual, report, sum(one.nbytes for one in arrived))
+
+
+def _against_folders(
+    members: Sequence[Member],
+    adapter: Adapter,
+    residual: Sequence[Adapter],
+    report: AggregationReport,
+) -> AggregationReport:
+    """The report against what is in the folders, where something less arrived at the server."""
+    modules = {}
+    for name, said in report.modules.items():
+        exact = LowRank.zero(adapter.spec.module(name).d_out, adapter.spec.module(name).d_in)
+        for member in members:
+            share = report.influence.get(member.name, 0.0)
+            if share:
+                exact = (exact + share * LowRank.of(member.adapter, name)).compress()
+        missed = exact - LowRank.of(adapter, name)
+        distance = missed.norm()
+        for extra in residual:
+            if any(m.name == name for m in extra.spec.modules):
+                missed = missed - LowRank.of(extra, name)
+        norm, dropped = exact.norm(), missed.norm()
+        modules[name] = replace(said, norm=norm, distance=distance, dropped=dropped)
+    return replace(report, modules=modules)
 
 
 def write(
@@ -175,10 +155,7 @@ def write(
     check_new(out)
     name = members.base_name if base_name is None else base_name
     files = dict(extra or {})
-    for index, adapter in enumerate(combined.residual):
-        folder = f"residual-{index + 1}" if index else "residual"
-        parts = peft_layout.contents(adapter, name, with_spec=members.base_known)
-        files |= {f"{folder}/{file}": data for file, data in parts.items()}
+    files |= beside.files(combined.residual, name, with_spec=members.base_known)
     peft_layout.write(
         out, combined.adapter, base_name=name, extra=files, with_spec=members.base_known
     )
@@ -206,89 +183,6 @@ def _trimmed(adapter: Adapter, report: AggregationReport) -> Adapter:
         tensors[key_b] = left[:, : module.rank] * np.float32(ratio)
         tensors[key_a] = right[: module.rank]
     return Adapter(spec, tensors)
-
-
-def _residuals(state: GlobalState, report: AggregationReport) -> tuple[Adapter, ...]:
-    """What is kept beside, as adapters of scale 1 and of no rank above what a folder takes."""
-    rest: dict[str, LowRank] = {}
-    for name, matrix in state.residual.items():
-        said = report.modules.get(name)
-        left, values, right = matrix.svd()
-        keep = int((values > _ROUNDING * said.norm).sum()) if said else 0
-        if keep:
-            root = values[:keep] ** 0.5
-            rest[name] = LowRank(left[:, :keep] * root, root[:, None] * right[:keep])
-    adapters = []
-    spec = state.adapter.spec
-    for first in range(0, max((m.rank for m in rest.values()), default=0), MAX_RANK):
-        modules: list[ModuleSpec] = []
-        tensors = {}
-        for name, matrix in rest.items():
-            left, right = matrix.B[:, first : first + MAX_RANK], matrix.A[first : first + MAX_RANK]
-            if len(right):
-                module = replace(spec.module(name), rank=len(right), alpha=float(len(right)))
-                modules.append(module)
-                key_a, key_b = module.keys
-                tensors[key_a], tensors[key_b] = right, left
-        # No task and no head: those are the trainable adapter's.
-        adapters.append(Adapter(AdapterSpec(spec.base_digest, tuple(modules)), tensors))
-    return tuple(adapters)
-
-
-def _checked_weights(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
-    if not folders:
-        raise OfflineError("no folders given; name at least one PEFT adapter folder")
-    places = [folder.resolve() for folder in folders]
-    for folder, place in zip(folders, places, strict=True):
-        if places.count(place) > 1:
-            raise OfflineError(f"{folder} is given twice; give it once, with a larger weight")
-    if weights is None:
-        return [1.0] * len(folders)
-    if len(weights) != len(folders):
-        raise OfflineError(
-            f"{len(weights)} weights for {len(folders)} folders; give one for each, as in "
-            f"--weights {','.join('1' for _ in folders)}"
-        )
-    for folder, weight in zip(folders, weights, strict=True):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise OfflineError(
-                f"{folder}: weight={weight:g} must be finite and 0 or more; 0 leaves the folder out"
-            )
-    if not sum(weights) > 0:
-        raise OfflineError(
-            f"the weights of {len(folders)} folders sum to 0; give at least one above 0"
-        )
-    return [float(weight) for weight in weights]
-
-
-def _same_base_name(bases: Mapping[Path, tuple[str, str | None]]) -> None:
-    """Folders without a digest of their base must at least call it what the others call it."""
-    told = {name: folder for folder, (name, digest) in bases.items() if name and digest}
-    for folder, (name, digest) in bases.items():
-        told = told or ({name: folder} if name else {})
-        if name and not digest and name not in told:
-            expected, first = next(iter(told.items()))
-            raise OfflineError(
-                f"{folder}: its base model is {name!r}, but that of {first} is {expected!r}; "
-                "adapters of different bases cannot be combined (if they are the same base under "
-                "two names, give --base-digest)"
-            )
-
-
-def _check_same(first: Path, ours: AdapterSpec, folder: Path, theirs: AdapterSpec) -> None:
-    mine, other = set(ours.shapes()), set(theirs.shapes())
-    if mine - other:
-        raise OfflineError(f"{folder}: tensor {min(mine - other)} is missing, which {first} has")
-    if other - mine:
-        raise OfflineError(f"{folder}: tensor {min(other - mine)} is extra; {first} has none")
-    difference = kinship(ours, theirs)
-    if difference:
-        raise OfflineError(f"{folder}: {difference} (as in {first})")
-    if ours.labels != theirs.labels:
-        raise OfflineError(
-            f"{folder}: its labels are {list(theirs.labels)}, expected {list(ours.labels)} "
-            f"(as in {first})"
-        )
 
 
 def _widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:

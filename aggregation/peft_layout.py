@@ -5,26 +5,25 @@ A folder that we write holds ``adapter_config.json`` (sorted), ``adapter_model.s
 written from the tensors and the specification alone, so it is the same bytes everywhere.
 
 Reading never trusts the configuration further than a few checked fields: with ``airpeft.json``
-everything is compared with it; without, shapes come from the tensors and only ranks, alphas and
-orientation from the configuration. No pattern is ever compiled, nothing is imported, ``.bin`` is
-refused.
+everything is compared with it; without, shapes come from the tensors and only ranks, alphas,
+orientation and the settings of the PEFT type from the configuration. No pattern is ever compiled,
+nothing is imported, ``.bin`` is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aggregation import durable, tensor_file
+from aggregation import durable, peft_config, peft_types, tensor_file
 from aggregation.adapter import Adapter, AdapterError
 from aggregation.errors import AggregationError
-from aggregation.spec import AdapterSpec, Orientation
-from aggregation.spec_from_peft import spec_from_peft
+from aggregation.spec import AdapterSpec
+from aggregation.spec_from_peft import spec_from_peft, tensors_from_peft
 
 CONFIG, TENSORS, SPEC, CARD = (
     "adapter_config.json",
@@ -37,43 +36,7 @@ MAX_TENSOR_BYTES = 2 << 30
 
 
 class LayoutError(AdapterError):
-    """A folder that is not a readable PEFT LoRA adapter."""
-
-
-def peft_config(spec: AdapterSpec, base_name: str) -> dict[str, Any]:
-    """The ``adapter_config.json`` of a specification.
-
-    Patterns are anchored full names (``^encoder.query``), because peft matches them as suffixes.
-    ``task_type`` is given for language models only: peft's wrapper for classifiers passes arguments
-    that only transformers' own classes accept, and ``modules_to_save`` says all that it needs.
-
-    Args:
-        spec: the adapter.
-        base_name: public name of the base model, never a path.
-
-    Returns:
-        The fields that peft's ``LoraConfig`` needs; all others are left to its defaults.
-    """
-    rank = _most_common(m.rank for m in spec.modules)
-    alpha = _most_common(m.alpha for m in spec.modules)
-    transposed = any(m.orientation is Orientation.CONV1D for m in spec.modules)
-    return {
-        "alpha_pattern": {f"^{m.name}": _number(m.alpha) for m in spec.modules if m.alpha != alpha},
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": transposed,
-        "inference_mode": True,
-        "lora_alpha": _number(alpha or 1),
-        "lora_dropout": 0.0,
-        "modules_to_save": sorted({t.module for t in spec.others}) or None,
-        "peft_type": spec.peft_type,
-        "r": rank or 1,
-        "rank_pattern": {f"^{m.name}": m.rank for m in spec.modules if m.rank != rank},
-        "target_modules": [m.name for m in spec.modules],
-        "task_type": "CAUSAL_LM" if spec.task == "causal-lm" else None,
-        "use_dora": False,
-        "use_rslora": spec.use_rslora,
-    }
+    """A folder that is not a readable PEFT adapter."""
 
 
 def write(
@@ -120,10 +83,12 @@ def contents(adapter: Adapter, base_name: str, *, with_spec: bool = True) -> dic
         raise LayoutError(
             f"base_name {base_name!r} looks like a path; give the model's public name"
         )
-    config = peft_config(adapter.spec, base_name)
+    config = peft_config.peft_config(adapter.spec, base_name)
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSORS: tensor_file.save(dict(adapter.tensors), "pt"),
+        TENSORS: tensor_file.save(
+            {peft_types.file_key(adapter.spec, key): value for key, value in adapter}, "pt"
+        ),
     }
     return files | ({SPEC: (adapter.spec.to_json() + "\n").encode()} if with_spec else {})
 
@@ -154,7 +119,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def read(folder: Path, *, base_digest: str | None = None) -> Adapter:
-    """Read a PEFT LoRA folder.
+    """Read a PEFT folder.
 
     Args:
         folder: one that :func:`write` made, or any that peft's ``save_pretrained`` made.
@@ -169,7 +134,8 @@ def read(folder: Path, *, base_digest: str | None = None) -> Adapter:
     """
     try:
         config = _json(_read(folder / CONFIG, MAX_CONFIG))
-        tensors, _ = tensor_file.load(_tensor_bytes(folder))
+        found, _ = tensor_file.load(_tensor_bytes(folder))
+        tensors = tensors_from_peft(config, found)
         if (folder / SPEC).is_file():
             spec = AdapterSpec.from_json(_read(folder / SPEC, MAX_CONFIG))
             if base_digest not in (None, spec.base_digest):
@@ -195,11 +161,13 @@ def read(folder: Path, *, base_digest: str | None = None) -> Adapter:
 
 
 def _compare(config: Mapping[str, Any], spec: AdapterSpec) -> None:
-    expected = peft_config(spec, "")
-    for name in ("peft_type", "use_rslora", "r", "lora_alpha", "rank_pattern", "alpha_pattern"):
-        if config.get(name) != expected[name]:
+    for name, expected in peft_config.meaning(spec).items():
+        given = config.get(name, peft_config.DEFAULTS.get(name))
+        if isinstance(given, list) and isinstance(expected, list):
+            given, expected = sorted(map(str, given)), sorted(expected)  # peft writes sets
+        if given != expected:
             raise LayoutError(
-                f"{CONFIG}: {name} is {config.get(name)!r}, but {SPEC} says {expected[name]!r}; "
+                f"{CONFIG}: {name} is {given!r}, but {SPEC} says {expected!r}; "
                 f"remove {SPEC} if the configuration is right"
             )
 
@@ -235,12 +203,3 @@ def _json(data: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise LayoutError(f"{CONFIG} is not a JSON object")
     return document
-
-
-def _most_common(values: Any) -> Any:
-    counted = Counter(values)
-    return min(counted, key=lambda value: (-counted[value], value)) if counted else None
-
-
-def _number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else float(value)

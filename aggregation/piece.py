@@ -47,6 +47,44 @@ class Piece:
         return f"{self.kind}({', '.join(said)})" if said else self.kind
 
 
+@dataclass(frozen=True)
+class Reduce(Piece):
+    """Base of the reduces; a subclass says what holds for it.
+
+    Each has an ``accumulator`` and a ``delta`` of its own: whether it adds up changes relative to
+    each client's start, or whole updates.
+
+    Attributes:
+        linear: whether the server needs only sums of what clients send.
+        weighted: whether it is the mean by the clients' weights, and no other one.
+        mixed_ranks: whether clients may have other ranks and scales than the global adapter.
+        counts_unchanged: whether a client that changed nothing still has a say.
+        factors: whether it yields changes of B and of A (``Reduced.factors``); else products only.
+        coordinate_wise: whether each coordinate of the factors is decided by itself, so that all
+            clients must mean the same by it.
+        robust: whether it withstands clients that lie, for which it must see each update alone,
+            and a client has one vote.
+        trusts: whether it needs the update of a client that the server trusts.
+    """
+
+    linear: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = True
+    counts_unchanged: ClassVar[bool] = False
+    factors: ClassVar[bool] = False
+    coordinate_wise: ClassVar[bool] = False
+    robust: ClassVar[bool] = False
+    trusts: ClassVar[bool] = False
+
+    def needs(self, expected: int) -> str:
+        """Why so few updates are too few, with the remedy; empty if they are enough.
+
+        Args:
+            expected: number of updates.
+        """
+        return ""
+
+
 def read_piece(text: str, kinds: Mapping[str, type[Any]], where: str) -> Any:
     """A choice as it is written in a scenario: ``kind``, or ``kind(setting=value, ...)``.
 

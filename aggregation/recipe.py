@@ -28,18 +28,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aggregation import choices, soundness
+from aggregation import choices, describing, named_tensors, soundness
 from aggregation.adapter import Adapter
+from aggregation.codecs import Float32
 from aggregation.combining import Reduction
+from aggregation.core_basis import enter
 from aggregation.distributing import Truncate
 from aggregation.errors import RecipeError
-from aggregation.pieces import ByExamples, Float32, NoPrivacy
+from aggregation.pieces import ByExamples, FactorNoise, NoPrivacy
 from aggregation.reducing import ProductSum
 from aggregation.refactoring import Svd
 from aggregation.server_optimizer import Sgd
+from aggregation.sketching import Sketch
 from aggregation.spec import AdapterSpec
-from aggregation.state import GlobalState
-from aggregation.train import Both
+from aggregation.state import GlobalState, initial_state
+from aggregation.train import Assignment, Both
 
 
 @dataclass(frozen=True)
@@ -91,19 +94,46 @@ class Recipe:
         if reason:
             raise RecipeError(f"{self.name}: {reason}")
 
-    def check_rounds(self) -> None:
-        """Refuse a recipe that clients cannot follow over rounds.
+    def check_spec(self, spec: AdapterSpec) -> None:
+        """Refuse adapters that the recipe would quietly do nothing to: those without factors.
 
         Raises:
-            RecipeError: if what it keeps beside the adapter would have to reach the clients, whose
-                base it belongs to, but only the adapter does.
+            RecipeError: with the piece that needs factors, and recipes that do not.
         """
-        if self.refactor.beside:
+        reason = named_tensors.objection(self, spec)
+        if reason:
+            raise RecipeError(f"recipe {self.name}: {reason}")
+
+    def check_base(self, quantised: bool) -> None:
+        """Refuse to fold into a base that cannot hold what is folded in.
+
+        Args:
+            quantised: whether the base model's weights are stored in 8 bits or fewer.
+
+        Raises:
+            RecipeError: if the recipe says that its receiver merges the residual into such a base.
+        """
+        if quantised and getattr(self.refactor, "fold", False):
             raise RecipeError(
-                f"recipe {self.name} keeps a residual that every client has to load beside the "
-                "adapter, and rounds hand out the adapter alone; choose svd-warm-start, whose "
-                "residual re-enters on the server (airpeft aggregate runs either)"
+                f"{self.name}: refactor={self.refactor} is going to be merged into the base, and "
+                "rounding to a quantised base is coarser than an update, which would be lost; "
+                "choose fold=false, which applies the residual beside the base, or a base in "
+                "bfloat16 or float32"
             )
+
+    def start(self, adapter: Adapter) -> GlobalState:
+        """The state before the first round.
+
+        Args:
+            adapter: what to start from; for train=core it is put into the public basis.
+
+        Raises:
+            StateError: if the adapter has values that are NaN or infinite.
+            CoreError: if train=core cannot start from it without a loss.
+        """
+        task = self.train.assignment(1)
+        in_basis = task.trains == "core" and adapter.is_finite()
+        return initial_state(enter(adapter, task.seed) if in_basis else adapter)
 
     def with_pieces(self, pieces: Mapping[str, str]) -> Recipe:
         """The same recipe with other choices, each as it is written in a scenario.
@@ -124,6 +154,7 @@ class Recipe:
         *,
         starts: Mapping[str, Adapter] | None = None,
         measure: bool = True,
+        trusted: str = "",
     ) -> Reduction:
         """Start an aggregation.
 
@@ -133,8 +164,15 @@ class Recipe:
                 and what :meth:`hand_out` makes of it; give earlier ones to accept stale updates.
             measure: whether a recipe that could do without also sums the exact products, so that
                 the report can give the error.
+            trusted: the client whose update the others are measured against, for a reduce that
+                ``trusts`` (FLTrust); its update is checked like any other and not averaged.
+
+        Raises:
+            RecipeError: if such a reduce has no trusted client, or another one has; or if the
+                adapter is of a type that the recipe cannot aggregate.
         """
-        return Reduction(self, state, starts, measure)
+        self.check_spec(state.adapter.spec)
+        return Reduction(self, state, starts, measure, trusted)
 
     def hand_out(self, state: GlobalState, spec: AdapterSpec | None = None) -> Adapter:
         """What a client with this specification starts the next round from.
@@ -144,23 +182,35 @@ class Recipe:
         """
         return self.distribute.adapter(state, spec or state.adapter.spec)  # type: ignore[no-any-return]
 
+    def assignment(
+        self, number: int, spec: AdapterSpec, *, share: float | None = None
+    ) -> Assignment:
+        """What a client does in a round: the word of train, and what reduce and private add.
+
+        Args:
+            number: of the round, from 1.
+            spec: of the global adapter.
+            share: of the rank indices that this client can train, for a recipe that chooses among
+                them; None for the recipe's own.
+        """
+        asked: Assignment = self.train.assignment(number)
+        if share is not None and asked.select:
+            asked = replace(asked, share=share)
+        if isinstance(self.reduce, Sketch):
+            asked = replace(asked, sketch=self.reduce.columns(spec), seed=self.reduce.seed)
+        if isinstance(self.private, FactorNoise):
+            noise = self.private
+            asked = replace(asked, noise_multiplier=noise.noise_multiplier, clip=noise.clip)
+        return asked
+
+    @property
+    def warning(self) -> str:
+        """What whoever chooses this recipe should know; empty if there is nothing."""
+        return str(self.private.warning)
+
     def describe(self) -> dict[str, Any]:
-        """Properties, as ``airpeft recipes`` shows them."""
-        svd = isinstance(self.refactor, Svd) and self.refactor.residual_rank > 0
-        linear = bool(self.reduce.linear) and not self.refactor.beside
-        return {
-            "name": self.name,
-            "pieces": {piece: str(getattr(self, piece)) for piece in choices.CHOICES},
-            "exact": self.reduce.delta and self.reduce.weighted and (svd or self.refactor.beside),
-            "mixed_ranks": self.reduce.mixed_ranks and self.distribute.mixed_ranks,
-            "linear": linear,
-            "secure_sum": linear,
-            "trains": str(self.train),
-            "up": "r D",
-            "down": self.refactor.down,
-            "in_rounds": not self.refactor.beside,
-            "reference": self.reference,
-        }
+        """Properties, as ``airpeft recipes`` shows them; see :mod:`aggregation.describing`."""
+        return describing.describe(self)
 
     def __str__(self) -> str:
         return f"{self.name}: " + " | ".join(str(getattr(self, p)) for p in choices.CHOICES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -53,6 +53,11 @@ class AggregationReport:
         refused: reason by client.
         weight: sum of the weights that entered.
         modules: by module; empty if measuring was switched off or nobody was used.
+        influence: by client, its share in the result: its weight in the mean, or what a robust
+            rule made of it. The sum is 1, less where a rule clips; 0 is a client that was left
+            out, or the trusted one. Of rules per coordinate it is the mean over the coordinates in
+            which clients differ. Empty if nobody changed anything.
+        unchanged: why the adapter had to stay as it was; empty if a round was made.
     """
 
     round: int
@@ -60,6 +65,8 @@ class AggregationReport:
     refused: Mapping[str, str]
     weight: float
     modules: Mapping[str, ModuleReport]
+    influence: Mapping[str, float] = field(default_factory=dict)
+    unchanged: str = ""
 
     @property
     def error(self) -> float:
@@ -81,6 +88,8 @@ class AggregationReport:
             "weight": self.weight,
             "error": self.error,
             "energy": self.energy,
+            "influence": dict(self.influence),
+            "unchanged": self.unchanged,
             "modules": {
                 name: {
                     "rank": m.rank,

@@ -1,26 +1,83 @@
-"""The reduce piece against clients that lie: the geometric median of whole updates.
+"""The reduce piece against clients that lie: rules that weigh whole updates.
 
-Distances between updates are those of the products ``s_k (B_k A_k - B_k0 A_k0)``, over all modules
-and other tensors together. They come from the Gram matrix of inner products, each of which is
-``sum((B_l^T B_k) * (A_l A_k^T))``: nothing dense is made, ranks may differ, and no client gains
-by turning its factors into another gauge.
+What a rule looks at are norms, inner products and distances of the products
+``s_k (B_k A_k - B_k0 A_k0)``, over all modules and other tensors together, see
+:mod:`aggregation.robust_gram`. So ranks may differ, and no client gains by turning its factors into
+another gauge. The result is ``sum c_k change_k`` with coefficients that the rule finds.
+
+* :class:`GeometricMedian`, :class:`FLTrust`, :class:`NormClip` weigh all updates, here;
+* Krum and Multi-Krum choose some, in :mod:`aggregation.robust_rules`;
+* median, trimmed mean and Bulyan decide per coordinate, in :mod:`aggregation.coordinate_rules`.
+
+A client's claimed weight is the easiest thing to lie about. Which rules use it is said with each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from aggregation.adapter import Adapter
-from aggregation.low_rank import Array, LowRank
-from aggregation.piece import Piece
-from aggregation.reducing import Accumulator, Reduced
+from aggregation.errors import RecipeError
+from aggregation.low_rank import Array
+from aggregation.piece import Reduce
+from aggregation.reducing import Accumulator, ProductSum, Reduced
+from aggregation.robust_gram import Change, Changes
 from aggregation.spec import AdapterSpec
 
 
+class Trusting(Accumulator, Protocol):
+    """A reduce in progress that measures updates against one that the server trusts."""
+
+    def trust(self, adapter: Adapter, start: Adapter) -> None:
+        """The trusted update; it gives a direction and is not averaged itself."""
+
+
 @dataclass(frozen=True)
-class GeometricMedian(Piece):
+class Weighed:
+    """What a rule in product space says.
+
+    Attributes:
+        coefficients: the result is the sum of these times the changes; shape (K,).
+        shares: how much of a say each client has, for the report; shape (K,).
+    """
+
+    coefficients: Array
+    shares: Array
+
+
+@dataclass(frozen=True)
+class ProductRule(Reduce, ABC):
+    """Base of the rules that look at whole updates in product space.
+
+    Updates are kept until the end, so memory grows with the number of clients.
+    """
+
+    delta = True
+    robust = True
+    counts_unchanged = True  # who stays put has a say in where the others are
+
+    def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
+        """A new collection of updates; always measured."""
+        return _Collected(spec, self)
+
+    @abstractmethod
+    def weigh(self, changes: Changes, prior: Array, root: Change | None) -> Weighed:
+        """What each change counts.
+
+        Args:
+            changes: of all K clients.
+            prior: p_k, the clients' weights, (K,), of sum 1.
+            root: the change that the server trusts, for a rule that ``trusts``.
+        """
+
+
+@dataclass(frozen=True)
+class GeometricMedian(ProductRule):
     """Reduce: the point with the least weighted sum of distances to the updates (RFA, 1912.13445).
 
     The smoothed Weiszfeld iteration of the paper (algorithm 2): weights
@@ -28,42 +85,48 @@ class GeometricMedian(Piece):
     the updates. It withstands liars as long as they hold less than half of the weight; by how
     much it is drawn aside depends on how far the honest are from each other.
 
-    Updates are kept until the end, so memory grows with the number of clients.
+    It uses the clients' weights, as the paper does. Where those are mere claims, choose
+    ``weigh=uniform``. Our nu is relative, so that it means the same for small and large updates.
 
     Attributes:
-        nu: smoothing, as a share of the root mean square size of the updates.
+        nu: smoothing, as a share of the root mean square distance of the updates from their mean.
         iterations: at most this many.
+
+    Raises:
+        RecipeError: if either is not above 0.
     """
 
     nu: float = 1e-6
     iterations: int = 1000
     kind = "geometric-median"
-    linear = False
-    weighted = False
-    delta = True
-    mixed_ranks = True
-    counts_unchanged = True  # who stays put has a say in where the middle is
 
-    def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
-        """A new collection of updates; always measured."""
-        return _Collected(spec, self)
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.nu) and self.nu > 0):
+            raise RecipeError(f"nu={self.nu} must be above 0 and finite; usual is 1e-6")
+        if self.iterations < 1:
+            raise RecipeError(f"iterations={self.iterations} must be 1 or more; usual is 1000")
 
-    def weights(self, gram: Array, prior: Array) -> Array:
+    def weights(self, squared: Array, prior: Array) -> Array:
         """Each update's weight in the geometric median.
 
+        Distances to a weighted mean v follow from those between the updates,
+        ``|x_k - v|^2 = (D w)_k - w^T D w / 2``, in which the size of what all have in common plays
+        no part.
+
         Args:
-            gram: inner products of the updates, (K, K).
+            squared: squared distances D between the updates, (K, K).
             prior: p_k, (K,), of sum 1.
 
         Returns:
             Weights of shape (K,) and sum 1.
         """
-        sizes = np.diagonal(gram)
-        floor = max(self.nu * float(np.sqrt(prior @ sizes)), np.finfo(np.float64).tiny)
+        spread = math.sqrt(0.5 * float(prior @ squared @ prior))
+        floor = max(self.nu * spread, float(np.finfo(np.float64).tiny))
         weights = prior
         for _ in range(self.iterations):
-            squared = sizes - 2.0 * (gram @ weights) + weights @ gram @ weights
-            pulls = prior / np.maximum(floor, np.sqrt(np.maximum(squared, 0.0)))
+            apart = squared @ weights
+            apart -= 0.5 * float(weights @ apart)
+            pulls = prior / np.maximum(floor, np.sqrt(np.maximum(apart, 0.0)))
             following = pulls / pulls.sum()
             done = float(np.abs(following - weights).sum()) < 1e-12
             weights = following
@@ -71,55 +134,147 @@ class GeometricMedian(Piece):
                 break
         return weights
 
+    def weigh(self, changes: Changes, prior: Array, root: Change | None) -> Weighed:
+        """The weights of the geometric median."""
+        weights = self.weights(changes.squared, prior)
+        return Weighed(weights, weights)
 
-class _Collected:
-    """All updates of a round, as stacked factors."""
 
-    def __init__(self, spec: AdapterSpec, rule: GeometricMedian) -> None:
-        self._spec = spec
-        self._rule = rule
-        self._products: list[dict[str, LowRank]] = []
-        self._others: list[dict[str, Array]] = []
-        self._weights: list[float] = []
+@dataclass(frozen=True)
+class FLTrust(ProductRule):
+    """Reduce: by agreement with an update that the server trusts (FLTrust, 2012.13995, section 4).
+
+    With g_0 the change of the trusted client, whose data the server knows to be clean,
+    ``TS_k = max(0, cos(g_k, g_0))`` and ``sum_k TS_k (|g_0| / |g_k|) g_k / sum_k TS_k``: whoever
+    points the other way counts nothing, and nobody counts by being loud. Any number of liars is
+    withstood as long as g_0 points the right way. If nobody agrees with it, the change is zero.
+
+    The trusted update is not averaged itself, as in the paper; nor are the clients' weights used,
+    as in the paper: trust takes their place.
+    """
+
+    kind = "fltrust"
+    trusts = True
+
+    def needs(self, expected: int) -> str:
+        """The trusted update and one to measure against it."""
+        if expected < 2:
+            return (
+                f"reduce=fltrust needs the trusted update and at least one other, got {expected}; "
+                "ask more clients"
+            )
+        return ""
+
+    def weigh(self, changes: Changes, prior: Array, root: Change | None) -> Weighed:
+        """Trust scores, and each update at the length of the trusted one.
+
+        Raises:
+            RecipeError: if there is no trusted change.
+        """
+        if root is None:
+            raise RecipeError("reduce=fltrust has no trusted update to measure the others against")
+        gram = Changes(changes.spec, [*changes.each, root]).gram
+        sizes = np.sqrt(np.diagonal(gram))
+        lengths = sizes[:-1] * sizes[-1]
+        cosines = np.divide(gram[-1, :-1], lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        trust = np.maximum(cosines, 0.0)
+        shares = trust / trust.sum() if trust.any() else trust
+        ratios = np.divide(sizes[-1], sizes[:-1], out=np.zeros_like(lengths), where=lengths > 0)
+        return Weighed(shares * ratios, shares)
+
+
+@dataclass(frozen=True)
+class NormClip(ProductRule):
+    """Reduce: the weighted mean of updates clipped to a norm (Sun et al. 2019, 1911.07963, 4).
+
+    ``sum_k p_k min(1, C / |x_k|) x_k``: no update moves the result by more than p_k C. The norm is
+    that of the products, over all modules and other tensors together: clipping factors bounds
+    nothing, as the same product comes in factors of any size.
+
+    It uses the clients' weights, as the paper does; where those are mere claims, choose
+    ``weigh=uniform``. Clipping lessens what one liar can do, and does not remove a coalition.
+
+    With ``norm=0``, C is the median of this round's norms, which liars below half cannot move
+    beyond the honest ones; updates are then kept until the end. With a fixed norm they are added up
+    as they come.
+
+    Attributes:
+        norm: C; 0 for the median of the round.
+
+    Raises:
+        RecipeError: if it is negative or not finite.
+    """
+
+    norm: float = 0.0
+    kind = "norm-clip"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.norm) and self.norm >= 0):
+            raise RecipeError(
+                f"norm-clip: norm={self.norm} must be finite and 0 or more; 0 takes the median of "
+                "the round's norms"
+            )
+
+    def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
+        """A running sum where the norm is fixed, else a collection; always measured."""
+        return _Clipped(spec, self.norm) if self.norm else _Collected(spec, self)
+
+    def weigh(self, changes: Changes, prior: Array, root: Change | None) -> Weighed:
+        """The clients' weights, less what is clipped."""
+        norms = np.array([one.norm() for one in changes.each])
+        kept = prior * clipping(norms, self.norm or float(np.median(norms)))
+        return Weighed(kept, kept)
+
+
+def clipping(norms: Array, limit: float) -> Array:
+    """``min(1, limit / norm)`` of each; 1 for a norm of 0."""
+    return np.divide(limit, norms, out=np.ones_like(norms), where=norms > limit)
+
+
+class _Clipped:
+    """A sum of clipped updates, which keeps none of them."""
+
+    def __init__(self, spec: AdapterSpec, norm: float) -> None:
+        self._sum = ProductSum().accumulator(spec, measure=True)
+        self._norm = norm
+        self._kept: list[float] = []
 
     def add(self, adapter: Adapter, start: Adapter, weight: float) -> None:
-        names = [module.name for module in self._spec.modules]
-        self._products.append({n: LowRank.of(adapter, n) - LowRank.of(start, n) for n in names})
-        keys = [tensor.key for tensor in self._spec.others]
-        self._others.append(
-            {k: np.subtract(adapter.tensors[k], start.tensors[k], dtype=np.float64) for k in keys}
-        )
-        self._weights.append(weight)
+        norms = np.array([Change(adapter, start).norm()])
+        self._kept.append(weight * float(clipping(norms, self._norm)[0]))
+        self._sum.add(adapter, start, self._kept[-1])
 
     def finish(self, total: float) -> Reduced:
-        weights = self._rule.weights(self._gram(), np.array(self._weights) / total)
-        products = {}
-        for module in self._spec.modules:
-            terms = [
-                float(w) * one[module.name] for w, one in zip(weights, self._products, strict=True)
-            ]
-            left, right = [t.B for t in terms], [t.A for t in terms]
-            products[module.name] = LowRank(np.hstack(left), np.vstack(right))
-        others = {}
-        for tensor in self._spec.others:
-            change = np.zeros(tensor.shape)
-            for weight, one in zip(weights, self._others, strict=True):
-                change += weight * one[tensor.key]
-            others[tensor.key] = change
-        return Reduced(products, None, others)
+        shares = tuple(kept / total for kept in self._kept)
+        return replace(self._sum.finish(total), shares=shares)
 
-    def _gram(self) -> Array:
-        count = len(self._weights)
-        gram = np.zeros((count, count))
-        for k in range(count):
-            for other in range(k + 1):
-                inner = sum(
-                    matrix.inner(self._products[other][name])
-                    for name, matrix in self._products[k].items()
-                )
-                inner += sum(
-                    float(np.sum(change * self._others[other][key]))
-                    for key, change in self._others[k].items()
-                )
-                gram[k, other] = gram[other, k] = inner
-        return gram
+
+class _Collected:
+    """All updates of a round, until a rule weighs them."""
+
+    def __init__(self, spec: AdapterSpec, rule: ProductRule) -> None:
+        self._spec = spec
+        self._rule = rule
+        self._changes: list[Change] = []
+        self._weights: list[float] = []
+        self._root: Change | None = None
+
+    def add(self, adapter: Adapter, start: Adapter, weight: float) -> None:
+        self._changes.append(Change(adapter, start))
+        self._weights.append(weight)
+
+    def trust(self, adapter: Adapter, start: Adapter) -> None:
+        self._root = Change(adapter, start)
+
+    def finish(self, total: float) -> Reduced:
+        reason = self._rule.needs(len(self._changes) + (self._root is not None))
+        if reason:
+            raise RecipeError(reason)
+        weights = np.array(self._weights)
+        changes = Changes(self._spec, self._changes)
+        said = self._rule.weigh(changes, weights / weights.sum(), self._root)
+        result = ProductSum().accumulator(self._spec, measure=True)
+        for change, coefficient in zip(self._changes, said.coefficients, strict=True):
+            if coefficient:
+                result.add(change.adapter, change.start, float(coefficient))
+        return replace(result.finish(1.0), shares=tuple(float(s) for s in said.shares))

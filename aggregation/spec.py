@@ -12,7 +12,8 @@ from a payload.
     >>> sorted(spec.shapes())[0]
     'base_model.model.encoder.query.lora_A.weight'
 
-It knows nothing of torch, of files, or of who trained the adapter.
+Adapters that are not LoRA have no modules, only named tensors and the few settings of their type
+(:mod:`aggregation.peft_types`). It knows nothing of torch, of files, or of who trained the adapter.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
+from aggregation import peft_types
 from aggregation.module_spec import (
     MAX_DIMENSION,
     MAX_RANK,
@@ -36,6 +39,8 @@ from aggregation.module_spec import (
     SpecError,
     TensorSpec,
 )
+from aggregation.peft_types import Setting
+from aggregation.spec_fields import FIELDS, MODULE_FIELDS, exact, typed
 
 __all__ = [
     "MAX_DIMENSION",
@@ -61,13 +66,18 @@ class AdapterSpec:
     Attributes:
         base_digest: ``sha256:<hex>`` of the base model that the adapter was made for.
         modules: adapted modules, kept sorted by name.
-        others: tensors sent whole, kept sorted by name.
+        others: tensors of any shape that have a meaning one by one, kept sorted by name: heads and
+            other modules saved whole, and the adapter's own tensors if it is not plain LoRA.
         use_rslora: scale alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, section 3).
         task: what the adapted model does: ``feature``, ``sequence-classification``, ``causal-lm``.
         labels: names of the classes, for a classifier.
+        peft_type: as PEFT calls it; see :mod:`aggregation.peft_types`.
+        settings: what else a receiver needs to rebuild the configuration, as (name, value) kept
+            sorted by name; none for plain LoRA.
 
     Raises:
-        SpecError: on duplicates, on too many modules, or on a malformed field.
+        SpecError: on duplicates, on too many modules, on a malformed field, or on tensors that are
+            not those of the type.
     """
 
     base_digest: str
@@ -76,13 +86,12 @@ class AdapterSpec:
     use_rslora: bool = False
     task: str = "feature"
     labels: tuple[str, ...] = ()
-    peft_type: str = field(default="LORA")
+    peft_type: str = peft_types.LORA
+    settings: tuple[tuple[str, Setting], ...] = ()
 
     def __post_init__(self) -> None:
         if not _DIGEST.match(self.base_digest):
             raise SpecError(f"base_digest {self.base_digest!r} is not 'sha256:' and 64 hex digits")
-        if self.peft_type != "LORA":
-            raise SpecError(f"peft_type {self.peft_type!r} is not supported; allowed: LORA")
         if self.task not in TASK_TYPES:
             raise SpecError(f"task {self.task!r} is not one of {', '.join(TASK_TYPES)}")
         if len(self.modules) + len(self.others) > MAX_MODULES:
@@ -99,6 +108,29 @@ class AdapterSpec:
         )
         if twice:
             raise SpecError(f"named twice: {', '.join(twice)}")
+        object.__setattr__(self, "settings", tuple(sorted(self.settings, key=lambda s: s[0])))
+        peft_types.check(self)
+
+    def setting(self, name: str, default: Setting | None = None) -> Setting:
+        """A setting of the type, or the default.
+
+        Raises:
+            SpecError: if there is neither.
+        """
+        value = next((v for key, v in self.settings if key == name), default)
+        if value is None:
+            raise SpecError(f"{self.peft_type} has no setting {name!r}")
+        return value
+
+    @cached_property
+    def own(self) -> tuple[TensorSpec, ...]:
+        """Those of ``others`` that belong to the PEFT type: IA3 vectors, virtual tokens, ..."""
+        return peft_types.own_tensors(self)
+
+    @cached_property
+    def whole(self) -> tuple[TensorSpec, ...]:
+        """Those of ``others`` that replace tensors of the base: a classification head, a norm."""
+        return peft_types.whole_tensors(self)
 
     @cached_property
     def _by_name(self) -> dict[str, ModuleSpec]:
@@ -132,13 +164,21 @@ class AdapterSpec:
         return dict(sorted(out.items()))
 
     @cached_property
+    def layout(self) -> Mapping[str, tuple[int, int, tuple[int, ...]]]:
+        """Where each tensor lies in one vector of all: (first, behind the last, shape) by name."""
+        out, first = {}, 0
+        for key, shape in self.shapes().items():
+            out[key] = (first, first + math.prod(shape), shape)
+            first = out[key][1]
+        return MappingProxyType(out)
+
+    @cached_property
     def size(self) -> int:
         """Number of values in all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def with_ranks(self, ranks: int | Mapping[str, int]) -> AdapterSpec:
         """The same adapter at other ranks; alpha is kept, so the scale changes with the rank."""
-        from dataclasses import replace
 
         def rank(module: ModuleSpec) -> int:
             return ranks if isinstance(ranks, int) else ranks.get(module.name, module.rank)
@@ -146,8 +186,11 @@ class AdapterSpec:
         return replace(self, modules=tuple(replace(m, rank=rank(m)) for m in self.modules))
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no blanks, integers only (alpha in millionths)."""
-        doc = {
+        """Canonical JSON: sorted keys, no blanks, integers only (alpha in millionths).
+
+        Plain LoRA is schema 1; whatever has another type or settings is schema 2.
+        """
+        doc: dict[str, Any] = {
             "base_digest": self.base_digest,
             "labels": list(self.labels),
             "modules": [
@@ -167,7 +210,13 @@ class AdapterSpec:
             "task": self.task,
             "use_rslora": self.use_rslora,
         }
+        if self._extended:
+            doc |= {"schema": 2, "settings": dict(self.settings)}
         return json.dumps(doc, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @property
+    def _extended(self) -> bool:
+        return self.peft_type != peft_types.LORA or bool(self.settings)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> AdapterSpec:
@@ -187,13 +236,14 @@ class AdapterSpec:
 
     @classmethod
     def _from_document(cls, doc: Any) -> AdapterSpec:
-        _exact(doc, _FIELDS, "specification")
-        if doc["schema"] != 1:
-            raise SpecError(f"specification schema {doc['schema']!r} is not 1")
+        schema = doc["schema"] if isinstance(doc, dict) and "schema" in doc else 1
+        if type(schema) is not int or schema not in (1, 2):
+            raise SpecError(f"specification schema {schema!r} is neither 1 nor 2")
+        exact(doc, FIELDS | ({"settings"} if schema == 2 else set()), "specification")
         modules = []
         for m in doc["modules"]:
-            _exact(m, _MODULE_FIELDS, "module")
-            _typed(int, m["d_in"], m["d_out"], m["rank"], m["alpha_micro"])
+            exact(m, MODULE_FIELDS, "module")
+            typed(int, m["d_in"], m["d_out"], m["rank"], m["alpha_micro"])
             modules.append(
                 ModuleSpec(
                     m["name"],
@@ -206,13 +256,15 @@ class AdapterSpec:
             )
         others = []
         for t in doc["others"]:
-            _exact(t, {"name", "shape"}, "tensor")
-            _typed(int, *t["shape"])
+            exact(t, {"name", "shape"}, "tensor")
+            typed(int, *t["shape"])
             others.append(TensorSpec(t["name"], tuple(t["shape"])))
-        _typed(bool, doc["use_rslora"])
-        _typed(list, doc["modules"], doc["others"], doc["labels"])
-        _typed(str, *doc["labels"])
-        return cls(
+        typed(bool, doc["use_rslora"])
+        typed(list, doc["modules"], doc["others"], doc["labels"])
+        typed(str, *doc["labels"])
+        settings = doc.get("settings", {})
+        typed(dict, settings)
+        spec = cls(
             doc["base_digest"],
             tuple(modules),
             tuple(others),
@@ -220,7 +272,14 @@ class AdapterSpec:
             doc["task"],
             tuple(doc["labels"]),
             doc["peft_type"],
+            tuple(settings.items()),
         )
+        if spec._extended != (schema == 2):
+            raise SpecError(
+                f"a specification of {spec.peft_type} with {len(settings)} settings "
+                f"is not of schema {schema}"
+            )
+        return spec
 
     @cached_property
     def digest(self) -> str:
@@ -233,24 +292,3 @@ TASK_TYPES: Mapping[str, str | None] = {
     "sequence-classification": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
 }
-_FIELDS = {
-    "base_digest",
-    "labels",
-    "modules",
-    "others",
-    "peft_type",
-    "schema",
-    "task",
-    "use_rslora",
-}
-_MODULE_FIELDS = {"alpha_micro", "d_in", "d_out", "name", "orientation", "rank"}
-
-
-def _exact(doc: Any, fields: set[str], what: str) -> None:
-    if not isinstance(doc, dict) or set(doc) != fields:
-        raise SpecError(f"a {what} must have exactly the fields {', '.join(sorted(fields))}")
-
-
-def _typed(kind: type, *values: Any) -> None:
-    if any(type(value) is not kind for value in values):
-        raise SpecError(f"expected {kind.__name__} in {values!r}")

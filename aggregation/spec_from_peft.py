@@ -1,7 +1,8 @@
 """From a PEFT configuration and tensor shapes to a specification, for folders that are not ours.
 
 Shapes and ranks come from the tensors; the configuration adds alphas, rsLoRA and the orientation,
-and is refused where it asks for something that is not plain LoRA.
+and is refused where it asks for what is neither plain LoRA, DoRA nor a trained bias. Other PEFT
+types are read by :mod:`aggregation.named_from_peft`.
 
     >>> shapes = {"base_model.model.query.lora_A.weight": (2, 8),
     ...           "base_model.model.query.lora_B.weight": (4, 2)}
@@ -16,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from aggregation import named_from_peft, peft_types
+from aggregation.peft_types import LORA, MAGNITUDE_SUFFIX, Setting
 from aggregation.spec import PREFIX, AdapterSpec, ModuleSpec, Orientation, SpecError, TensorSpec
 
 _SUFFIXES = {
@@ -35,27 +38,41 @@ _NOT_PLAIN = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
-_TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
+# With bias="all" peft also saves what it keeps of a module that is saved whole: its frozen bias,
+# and the trained one once more under an inner name. Neither is ever read back into a model.
+_SHADOWS = (".original_module.bias", ".modules_to_save.bias")
+
+
+def tensors_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a folder by the names that they have in a specification.
+
+    Raises:
+        SpecError: if a name does not belong to the PEFT type.
+    """
+    kind = str(config.get("peft_type"))
+    names = [name for name in tensors if not name.endswith(_SHADOWS)]
+    return {peft_types.key_in_file(kind, name): tensors[name] for name in names}
 
 
 def spec_from_peft(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base_digest: str
 ) -> AdapterSpec:
-    """The specification of a plain LoRA adapter.
+    """The specification of an adapter that other software wrote.
 
     Args:
         config: the parsed ``adapter_config.json``.
-        shapes: shape of each tensor, by its name in the file.
+        shapes: shape of each tensor, by its name as :func:`tensors_from_peft` gives it.
         base_digest: ``sha256:<hex>`` of the base model.
 
     Raises:
-        SpecError: naming the field or tensor that is not plain LoRA.
+        SpecError: naming the field or tensor that is not supported.
     """
-    _check_plain(config)
+    if config.get("peft_type") in named_from_peft.TYPES:
+        return named_from_peft.named_spec(config, shapes, base_digest)
+    settings = _check_plain(config)
     factors, others = _sort(shapes)
     transposed = bool(config.get("fan_in_fan_out", False))
     modules = []
@@ -78,16 +95,19 @@ def spec_from_peft(
                 orientation=Orientation.EMBEDDING if embedding else orientation,
             )
         )
-    task = _TASKS.get(str(config.get("task_type")), "feature")
+    task = named_from_peft.TASKS.get(str(config.get("task_type")), "feature")
     rslora = config.get("use_rslora", False) is True
-    return AdapterSpec(base_digest, tuple(modules), others, rslora, task)
+    return AdapterSpec(base_digest, tuple(modules), others, rslora, task, settings=settings)
 
 
-def _check_plain(config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise SpecError(f"peft_type is {config.get('peft_type')!r}; allowed: LORA")
+def _check_plain(config: Mapping[str, Any]) -> tuple[tuple[str, Setting], ...]:
+    """Refuse what is not supported, and give the settings of what is not plain."""
+    if config.get("peft_type") != LORA:
+        allowed = ", ".join((LORA, *named_from_peft.TYPES))
+        raise SpecError(f"peft_type is {config.get('peft_type')!r}; allowed: {allowed}")
+    settings: dict[str, Setting] = {"use_dora": True} if config.get("use_dora") else {}
     if config.get("bias", "none") != "none":
-        raise SpecError(f"bias is {config['bias']!r}; allowed: none")
+        settings["bias"] = config["bias"]
     for name in _NOT_PLAIN:
         if config.get(name):
             raise SpecError(f"{name} is set, which is not plain LoRA and is not supported")
@@ -98,6 +118,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
             f"init_lora_weights is {start!r}, which changes the base weights; save the adapter "
             "converted to plain LoRA (save_pretrained, path_initial_model_for_weight_conversion)"
         )
+    return tuple(settings.items())
 
 
 def _sort(
@@ -112,10 +133,12 @@ def _sort(
         suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
         if suffix:
             factors.setdefault(name.removesuffix(suffix), {})[_SUFFIXES[suffix]] = shape
-        elif ".lora_" in name or ".base_layer." in name:
+        elif (".lora_" in name and not name.endswith(MAGNITUDE_SUFFIX)) or (
+            ".base_layer." in name and not name.endswith(".base_layer.bias")
+        ):
             raise SpecError(
                 f"tensor {name!r} is not plain LoRA; save the adapter with "
-                "save_embedding_layers=False, and without DoRA or LoRA biases"
+                "save_embedding_layers=False, and without LoRA biases"
             )
         else:
             others.append(TensorSpec(name, tuple(shape)))

@@ -62,11 +62,13 @@ def save(tensors: Mapping[str, npt.NDArray[Any]], note: str) -> bytes:
     return safetensors.numpy.save(arrays, metadata={"format": note})
 
 
-def load(data: bytes) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+def load(data: bytes, *, room: int = 1) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     """Read safetensors bytes.
 
     Args:
         data: the whole file.
+        room: how many times as many tensors, and as long a header, as a payload may have; more
+            than 1 for what we wrote ourselves.
 
     Returns:
         Arrays by name (float64, float32, float16; bfloat16 as float32) that do not alias ``data``,
@@ -75,10 +77,10 @@ def load(data: bytes) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     Raises:
         TensorFileError: on anything outside the rules above.
     """
-    header, start = _header(data)
+    header, start = _header(data, room * MAX_HEADER)
     metadata = _metadata(header.pop("__metadata__", {}))
-    if len(header) > MAX_TENSORS:
-        raise _error("TOO_BIG", f"{len(header)} tensors; at most {MAX_TENSORS} are allowed")
+    if len(header) > room * MAX_TENSORS:
+        raise _error("TOO_BIG", f"{len(header)} tensors; at most {room * MAX_TENSORS} are allowed")
     entries = [(name, *_entry(name, entry)) for name, entry in header.items()]
     entries.sort(key=lambda item: item[3])
     position = 0
@@ -94,9 +96,9 @@ def load(data: bytes) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     }, metadata
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
+def _header(data: bytes, limit: int) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 10 or length > min(MAX_HEADER, len(data) - 8):
+    if len(data) < 10 or length > min(limit, len(data) - 8):
         raise _error("BAD_HEADER", f"header length {length} in a file of {len(data)} bytes")
     try:
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_no_duplicates)

@@ -10,9 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from aggregation.adapter import Adapter
 from aggregation.errors import AggregationError
+
+if TYPE_CHECKING:
+    from aggregation.parcel import Parcel
 
 
 class UpdateReason(StrEnum):
@@ -26,6 +33,8 @@ class UpdateReason(StrEnum):
     BAD_WEIGHT = "bad-weight"
     DUPLICATE = "duplicate"
     MALFORMED = "malformed"
+    FROZEN_CHANGED = "frozen-changed"
+    STALE = "stale"
 
 
 class UpdateError(AggregationError):
@@ -49,6 +58,10 @@ class Update:
         privacy_event: the record that floor 2 wrote about this training, carried unread; empty
             if the client trained without differential privacy.
         metrics: what the client measured, by name.
+        parcel: what travels of the adapter, see :mod:`aggregation.parcel`; None for all of it.
+        sketches: by module, float32 of shape (d_out, width): what the client sends in place of its
+            factors, see :mod:`aggregation.sketching`; empty if it sends factors. The factors of
+            ``adapter`` are then those of its start.
     """
 
     client: str
@@ -58,3 +71,6 @@ class Update:
     weight: float
     privacy_event: Mapping[str, int | float | str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    parcel: Parcel | None = None
+    # Arrays have no single truth value, so they stay out of ==.
+    sketches: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict, compare=False)

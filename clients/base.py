@@ -75,6 +75,9 @@ class BaseRef:
         digest: ``sha256:<hex>`` over architecture and weights, see :func:`base_digest`.
         layers: number of transformer layers.
         hidden: width of the hidden states.
+        heads: number of attention heads of a layer.
+        inner: width between the two feed-forward maps of a layer.
+        positions: how many tokens it can count, virtual ones included.
     """
 
     name: str
@@ -82,6 +85,9 @@ class BaseRef:
     digest: str
     layers: int
     hidden: int
+    heads: int
+    inner: int
+    positions: int
 
 
 def find_base(name_or_path: str | Path) -> BaseRef:
@@ -104,6 +110,11 @@ def find_base(name_or_path: str | Path) -> BaseRef:
             f"{path / 'config.json'}: model_type {kind!r} is not supported; "
             f"allowed: {', '.join(SUPPORTED)}"
         )
+    try:
+        heads, inner = int(config["num_attention_heads"]), int(config["intermediate_size"])
+        positions = _positions(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseUnsupported(f"{path / 'config.json'}: a size is missing: {error!r}") from None
     is_folder = name not in KNOWN_BASES and Path(name).is_dir()
     public = path.resolve().name if is_folder else name
     return BaseRef(
@@ -112,7 +123,16 @@ def find_base(name_or_path: str | Path) -> BaseRef:
         base_digest(path),
         layers=int(config["num_hidden_layers"]),
         hidden=int(config["hidden_size"]),
+        heads=heads,
+        inner=inner,
+        positions=positions,
     )
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    """How many tokens there are positions for; RoBERTa counts from after its padding id."""
+    taken = 0 if config["model_type"] == "bert" else int(config.get("pad_token_id") or 0) + 1
+    return int(config["max_position_embeddings"]) - taken
 
 
 def _locate(name: str) -> Path:

@@ -12,6 +12,8 @@ node_config         means
 ``client``          the client's stable name; else it is made from ``partition-id``
 ``base``            the device's base model; else the one that the task names
 ``ledger``          the device's ledger; else ``ledger.sqlite`` beside the data
+``memory``          folder of what it keeps between rounds; else ``memory`` beside the ledger
+``max-rank``        the largest LoRA rank that the device can train; default any
 ``threads``         of the trainer in here; default 1
 ==================  ==================================================================
 
@@ -31,16 +33,21 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from aggregation.errors import AggregationError
+from aggregation.adapter import Adapter
+from aggregation.errors import AggregationError, RecipeError
+from aggregation.train import Assignment
 from aggregation.update import Update
 from clients.data import DataError, DataSource
 from clients.errors import ClientError
-from clients.training import ClientJob, PlanError, TrainingPlan
+from clients.memory import ClientMemory, MissingTensors
+from clients.outgoing import second_sketch
+from clients.training import ClientJob, Owner, PlanError, TrainingPlan
 from privacy.budget import BudgetError, LocalPrivacy
 from privacy.errors import PrivacyError
 from protos import flower
 from protos.errors import WireError
-from protos.flower import ClientFault
+from protos.flower import ClientFault, MissingStart
+from protos.tasks import client_memory
 
 if TYPE_CHECKING:
     from clients.trainer import Trainer
@@ -66,6 +73,12 @@ def train(message: Message, context: Context) -> Message:
     return _redacted(_train, message, context)
 
 
+@app.train("sketch")  # type: ignore[untyped-decorator]
+def sketch(message: Message, context: Context) -> Message:
+    """Project what was just trained: the second half of a round in two passes."""
+    return _redacted(_sketch, message, context)
+
+
 @app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
     """Measure an adapter on this client's examples."""
@@ -81,8 +94,8 @@ def identity(message: Message, context: Context) -> Message:
 def _train(message: Message, context: Context) -> Message:
     from clients.faults import JobFailure
 
-    task = flower.train_task_from(message.content)
     node = context.node_config
+    task = flower.train_task_from(message.content, _finder(message, node))
     job = ClientJob(
         client=_client(node),
         run=task.run,
@@ -92,6 +105,10 @@ def _train(message: Message, context: Context) -> Message:
         plan=TrainingPlan.from_mapping(task.plan),
         privacy=LocalPrivacy.from_mapping(task.privacy) if task.privacy else None,
         seed=task.seed,
+        assignment=Assignment.from_mapping(task.assignment),
+        codec=task.codec,
+        beside=task.beside,
+        memory=_memory(node, task.data_folder),
     )
     result = _trainer(node, task.base, task.data_folder).train([job])[0]
     if isinstance(result, JobFailure):
@@ -101,15 +118,24 @@ def _train(message: Message, context: Context) -> Message:
 
 
 def _evaluate(message: Message, context: Context) -> Message:
-    task = flower.evaluate_task_from(message.content)
     node = context.node_config
+    task = flower.evaluate_task_from(message.content, _finder(message, node))
+    owner = Owner(
+        client=_client(node),
+        run=task.run,
+        round=task.round,
+        assignment=Assignment.from_mapping(task.assignment),
+        memory=_memory(node, task.data_folder),
+    )
     found = _trainer(node, task.base, task.data_folder).evaluate(
         task.adapter,
         _data(node, task.data_folder),
         max_length=TrainingPlan.from_mapping(task.plan).max_length,
+        beside=task.beside,
+        owner=owner,
     )
     result = flower.EvaluateResult(
-        client=_client(node),
+        client=owner.client,
         round=task.round,
         examples=found.examples,
         accuracy=found.accuracy,
@@ -118,8 +144,18 @@ def _evaluate(message: Message, context: Context) -> Message:
     return Message(flower.evaluate_result_record(result), reply_to=message)
 
 
+def _sketch(message: Message, context: Context) -> Message:
+    node, task = context.node_config, flower.sketch_task_from(message.content)
+    client, folder = _client(node), _memory(node, task.data_folder)
+    # It takes what the client remembers and no model, so no trainer is asked.
+    found = second_sketch(ClientMemory(folder, task.run, client), task.round, task.basis)
+    reply = flower.SketchReply(client=client, round=task.round, sketches=found)
+    return Message(flower.sketch_reply_record(reply), reply_to=message)
+
+
 def _identity(message: Message, context: Context) -> Message:
-    name = flower.Identity(_client(context.node_config))
+    node = context.node_config
+    name = flower.Identity(_client(node), int(node.get("max-rank", 0)))
     return Message(flower.identity_record(name), reply_to=message)
 
 
@@ -158,17 +194,36 @@ def _data(node: Mapping[str, Any], data_folder: str) -> DataSource:
     return DataSource(path, *columns)
 
 
+def _memory(node: Mapping[str, Any], data_folder: str) -> Path:
+    if "memory" in node:
+        return Path(str(node["memory"]))
+    if "ledger" in node or "data" in node:
+        return _ledger(node, data_folder).with_name("memory")
+    return client_memory(data_folder)
+
+
+def _finder(message: Message, node: Mapping[str, Any]) -> Callable[[str], Adapter | None]:
+    """Finds an adapter that this client was handed before, by its digest."""
+    fields = message.content.config_records.get(flower.TASK, {})
+    run, data_folder = str(fields.get("run", "")), str(fields.get("data-folder", ""))
+    return lambda digest: ClientMemory(_memory(node, data_folder), run, _client(node)).find(digest)
+
+
+def _ledger(node: Mapping[str, Any], data_folder: str) -> Path:
+    if "ledger" in node:
+        return Path(str(node["ledger"]))
+    if "data" in node:
+        return Path(str(node["data"])).parent / "ledger.sqlite"
+    return flower.client_ledger(data_folder)
+
+
 def _trainer(node: Mapping[str, Any], base: str, data_folder: str) -> Trainer:
     if "trainer-socket" in node:
         from clients.trainer_process import TrainerClient
 
         return TrainerClient(str(node["trainer-socket"]))
-    own = "data" in node
-    ledger = Path(str(node.get("ledger", ""))) if "ledger" in node else None
-    if ledger is None:
-        beside = Path(str(node["data"])).parent / "ledger.sqlite" if own else None
-        ledger = beside or flower.client_ledger(data_folder)
-    return resident(str(node.get("base", base)), ledger, own, int(node.get("threads", 1)))
+    name, threads = str(node.get("base", base)), int(node.get("threads", 1))
+    return resident(name, _ledger(node, data_folder), "data" in node, threads)
 
 
 def resident(name: str, ledger: Path, own: bool, threads: int) -> Trainer:
@@ -208,7 +263,8 @@ def _fault(error: Exception) -> ClientFault:
     if isinstance(error, Unanswerable):
         return error.fault
     kinds: tuple[tuple[type[Exception] | tuple[type[Exception], ...], ClientFault], ...] = (
-        ((WireError, PlanError, BudgetError), ClientFault.BAD_TASK),
+        ((MissingStart, MissingTensors), ClientFault.MISSING_TENSORS),
+        ((WireError, PlanError, BudgetError, RecipeError), ClientFault.BAD_TASK),
         (DataError, ClientFault.BAD_DATA),
         ((BaseMismatch, BaseNotFound, BaseUnsupported), ClientFault.WRONG_BASE),
         (TrainerError, ClientFault.TRAINER_UNAVAILABLE),

@@ -51,6 +51,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def rows(self, rows: Sequence[int]) -> Examples:
+        """Some of the examples, in this order."""
+        texts, labels = tuple(self.texts[i] for i in rows), tuple(self.labels[i] for i in rows)
+        return Examples(texts, labels, self.label_names)
+
     @cached_property
     def texts_digest(self) -> str:
         """Hex SHA-256 of the texts in order: the key under which computed features are cached."""
@@ -65,6 +70,33 @@ class Examples:
         """Hex SHA-256 of texts, labels and class names. Private: it never leaves the device."""
         doc = json.dumps([self.texts_digest, self.labels, self.label_names])
         return hashlib.sha256(doc.encode()).hexdigest()
+
+
+def held_out(examples: Examples, client: str, share: float) -> tuple[Examples, Examples]:
+    """Divide a client's examples into those that train and those that only measure.
+
+    On which side a text falls depends on the text and the client alone, never on other rows: it
+    stays there when rows come and go, equal texts stay together, and adding an example changes the
+    training set by that example at most, which is what differential privacy counts.
+
+    Args:
+        examples: all of the client's examples.
+        client: the client's stable name.
+        share: share to hold out, 0 to 1; the actual share is binomial.
+
+    Returns:
+        (training, held out), each in the given order; either may be empty.
+    """
+    if not share:
+        return examples, Examples((), (), examples.label_names)
+    sides: tuple[list[int], list[int]] = ([], [])
+    name = hashlib.sha256(b"airpeft holdout\0" + client.encode("utf-8", "surrogatepass"))
+    for row, text in enumerate(examples.texts):
+        hasher = name.copy()
+        hasher.update(b"\0" + text.encode("utf-8", "surrogatepass"))
+        number = int.from_bytes(hasher.digest()[:8], "big")
+        sides[number < share * 2**64].append(row)
+    return examples.rows(sides[0]), examples.rows(sides[1])
 
 
 @dataclass(frozen=True)

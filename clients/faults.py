@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from enum import StrEnum
 
+from aggregation.errors import RecipeError
 from clients.base import BaseMismatch
 from clients.data import DataError
 from clients.training import ClientJob, PlanError
@@ -51,6 +52,7 @@ _FAULTS: tuple[tuple[type[Exception], JobFault], ...] = (
     (BudgetExceeded, JobFault.BUDGET_EXCEEDED),
     (BudgetError, JobFault.BAD_PLAN),
     (CalibrationError, JobFault.BAD_PLAN),
+    (RecipeError, JobFault.BAD_PLAN),
     (LedgerError, JobFault.LEDGER),
 )
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients import model as models
-from clients.training import ClientJob, Indices, TrainingPlan, parts, shuffled_batches
+from clients.attachments import Attachment
+from clients.training import Indices, TrainingPlan, parts, shuffled_batches
 from clients.trunk import Features
 from privacy.budget import LocalPrivacy
 from privacy.events import SgdEvent
@@ -26,30 +26,33 @@ from privacy.randomness import Stream, derive
 
 @dataclass(frozen=True)
 class LocalRound:
-    """One job on a loaded model.
+    """One training on a loaded model.
 
     Attributes:
-        peft_model: from ``clients.model.attach``; its adapter is overwritten.
-        job: what to do.
-        features: of the job's texts.
+        peft_model: from ``clients.model.attach``.
+        attachment: what trains of it, at its start.
+        plan: how to train.
+        features: of the texts.
         labels: (n) class indices.
-        key: root of this round's randomness.
+        key: root of this training's randomness.
     """
 
     peft_model: Any
-    job: ClientJob
+    attachment: Attachment
+    plan: TrainingPlan
     features: Features
     labels: Tensor
     key: bytes
 
     def plainly(self) -> dict[str, float]:
         """Train without privacy; returns metrics."""
-        optimizer = self._start()
+        optimizer = self._optimizer()
         total, seen, steps = 0.0, 0, 0
-        for batch in shuffled_batches(len(self.labels), self.job.plan, self._stream("order")):
+        for batch in shuffled_batches(len(self.labels), self.plan, self._stream("order")):
             for losses in self._losses(batch):
                 (losses.sum() / len(batch)).backward()
                 total += float(losses.detach().sum())
+            self.attachment.mask_gradients()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seen += len(batch)
@@ -61,22 +64,19 @@ class LocalRound:
         examples, sampling = len(self.labels), self._stream("sampling")
         with PrivateSgd(
             self.peft_model,
-            self._start(),
+            self._optimizer(),
             max_grad_norm=privacy.max_grad_norm,
             noise_multiplier=event.noise_multiplier,
             expected_batch=event.sample_rate * examples,
             noise=self._stream("noise"),
+            masks=self.attachment.masks,
         ) as private:
             for _ in range(event.steps):
                 private.step(self._losses(poisson_batch(examples, event.sample_rate, sampling)))
         return {"steps": float(event.steps), "sample_rate": event.sample_rate}
 
-    def _start(self) -> torch.optim.Optimizer:
-        models.load_tensors(self.peft_model, self.job.adapter)
-        slots = models.parameter_slots(self.peft_model, self.job.adapter.spec)
-        whole = {tensor.key for tensor in self.job.adapter.spec.others}
-        factors = [slots[key] for key in slots if key not in whole]
-        return build_optimizer(self.job.plan, factors, [slots[key] for key in sorted(whole)])
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.plan, self.attachment.factors, self.attachment.whole)
 
     def _losses(self, batch: Indices) -> Iterator[Tensor]:
         """For each part of a batch, every example's own loss."""

@@ -16,13 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aggregation import peft_layout
-from aggregation.adapter import Adapter
-from aggregation.spec import AdapterSpec, ModuleSpec, TensorSpec
+from clients.adapter_specs import adapter_spec, first_trained_layer
 from clients.base import (
     KNOWN_BASES,
     BaseMismatch,
@@ -33,6 +30,7 @@ from clients.base import (
     check_base,
     find_base,
 )
+from clients.peft_attach import attach, load_tensors, parameter_slots, read_tensors
 
 __all__ = [
     "KNOWN_BASES",
@@ -40,6 +38,7 @@ __all__ = [
     "BaseNotFound",
     "BaseRef",
     "BaseUnsupported",
+    "Prefix",
     "SentenceClassifier",
     "adapter_spec",
     "attach",
@@ -53,6 +52,30 @@ __all__ = [
     "read_tensors",
     "tokenizer",
 ]
+
+
+class Prefix:
+    """Keys and values that attention sees before those of the text, in the uppermost layers.
+
+    Args:
+        pairs: for each of these layers, lowest first, keys and values of shape
+            (n or 1, heads, virtual tokens, width of a head).
+        layers: number of layers of the encoder.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], layers: int) -> None:
+        if len(pairs) > layers:
+            raise ValueError(f"a prefix for {len(pairs)} layers; the encoder has {layers}")
+        self._pairs, self.first = pairs, layers - len(pairs)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer attends to, prefix first; as transformers asks it."""
+        rows = keys.shape[0]
+        first_keys, first_values = self._pairs[layer - self.first]
+        return (
+            torch.cat([first_keys.expand(rows, -1, -1, -1), keys], dim=2),
+            torch.cat([first_values.expand(rows, -1, -1, -1), values], dim=2),
+        )
 
 
 class SentenceClassifier(nn.Module):  # type: ignore[misc]  # torch is untyped here
@@ -76,6 +99,17 @@ class SentenceClassifier(nn.Module):  # type: ignore[misc]  # torch is untyped h
         self.split = 0
 
     @property
+    def config(self) -> Any:
+        """The encoder's configuration, by which PEFT finds its way about."""
+        return self.encoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; PEFT puts virtual tokens there."""
+        device: torch.device = self.classifier.weight.device
+        return device
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The transformer layers, lowest first."""
         layers = self.encoder.encoder.layer
@@ -92,31 +126,70 @@ class SentenceClassifier(nn.Module):  # type: ignore[misc]  # torch is untyped h
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         trunk: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: None = None,
+        output_attentions: None = None,
+        output_hidden_states: None = None,
+        return_dict: bool | None = None,
     ) -> Tensor:
-        """Logits.
+        """Logits. The keywords are those with which PEFT's prompts and prefixes call a classifier.
 
         Args:
-            input_ids: (n, T) token ids; not needed with ``trunk``.
-            attention_mask: (n, T), 1 for a token and 0 for padding; needed in both forms.
-            trunk: (n, T, hidden), what :meth:`trunk` returned for the same texts.
+            input_ids: (n, T) token ids.
+            attention_mask: (n, T), 1 for a token and 0 for padding; needed in every form. Virtual
+                tokens come first in it.
+            trunk: (n, T, hidden), what :meth:`trunk` returned for the same texts, instead of ids.
+            inputs_embeds: (n, T, hidden), what the word embeddings would give, instead of ids. The
+                mean is taken over virtual tokens too.
+            past_key_values: a :class:`Prefix`, or a cache of transformers with its keys and values;
+                the uppermost layers attend to it.
+            labels: not used, like the rest.
+            output_attentions: not used.
+            output_hidden_states: not used.
+            return_dict: not used.
 
         Returns:
             (n, labels).
         """
-        if attention_mask is None or (trunk is None) == (input_ids is None):
-            raise ValueError("give attention_mask, and either input_ids or trunk")
-        hidden = self.trunk(input_ids, attention_mask) if trunk is None else trunk
-        hidden = self._run(hidden, attention_mask, self.split, len(self.layers))
-        mask = attention_mask.to(hidden.dtype).unsqueeze(-1)  # (n, T, 1)
+        given = [value for value in (input_ids, trunk, inputs_embeds) if value is not None]
+        if attention_mask is None or len(given) != 1:
+            raise ValueError("give attention_mask, and either input_ids, trunk or inputs_embeds")
+        mask = attention_mask[:, -given[0].shape[1] :]  # without a prefix
+        if trunk is not None:
+            hidden = trunk
+        elif inputs_embeds is not None:
+            hidden = self.encoder.embeddings(inputs_embeds=inputs_embeds)
+            hidden = self._run(hidden, mask, 0, self.split)
+        else:
+            hidden = self.trunk(input_ids, mask)
+        prefix, top = self._prefix(past_key_values), len(self.layers)
+        first = top if prefix is None else max(self.split, prefix.first)
+        hidden = self._run(hidden, mask, self.split, first)
+        hidden = self._run(hidden, attention_mask, first, top, prefix)
+        mask = mask.to(hidden.dtype).unsqueeze(-1)  # (n, T, 1)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)  # (n, hidden)
         logits: Tensor = self.classifier(pooled)
         return logits
 
-    def _run(self, hidden: Tensor, attention_mask: Tensor, start: int, stop: int) -> Tensor:
+    def _prefix(self, given: Any) -> Prefix | None:
+        if given is None or isinstance(given, Prefix):
+            return given
+        return Prefix([(layer.keys, layer.values) for layer in given.layers], len(self.layers))
+
+    def _run(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        start: int,
+        stop: int,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         # (n, 1, 1, T), broadcast over heads and query positions; True may be attended to.
         mask = attention_mask.to(torch.bool)[:, None, None, :]
         for index in range(start, stop):
-            hidden = self.layers[index](hidden, mask)
+            hidden = self.layers[index](hidden, mask, past_key_values=prefix)
         return hidden
 
 
@@ -180,122 +253,3 @@ class _quiet:  # noqa: N801 - reads as a statement
         self._logging.set_verbosity(self._level)
         if self._bars:
             self._logging.enable_progress_bar()
-
-
-def adapter_spec(
-    base: BaseRef,
-    labels: Sequence[str],
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] = ("query", "value"),
-    layers: Sequence[int] | None = None,
-    use_rslora: bool = False,
-) -> AdapterSpec:
-    """The specification of an adapter for a :class:`SentenceClassifier` on this base.
-
-    Args:
-        base: from :func:`find_base`.
-        labels: names of the classes.
-        rank: LoRA rank, the same for every module.
-        alpha: LoRA alpha.
-        targets: which projections of the attention: ``query``, ``key``, ``value``.
-        layers: which layers, counted from 0; None for the last two.
-        use_rslora: scale by sqrt(rank) instead of rank.
-
-    Raises:
-        BaseUnsupported: if a layer or a target is not there.
-        SpecError: if rank, alpha or labels are out of bounds.
-    """
-    chosen = tuple(range(max(0, base.layers - 2), base.layers)) if layers is None else layers
-    for layer in chosen:
-        if not 0 <= layer < base.layers:
-            raise BaseUnsupported(f"layers: {layer} is outside 0..{base.layers - 1} of {base.name}")
-    for target in targets:
-        if target not in ("query", "key", "value"):
-            raise BaseUnsupported(f"targets: {target!r} is not one of query, key, value")
-    modules = tuple(
-        ModuleSpec(
-            f"encoder.encoder.layer.{layer}.attention.self.{target}",
-            d_in=base.hidden,
-            d_out=base.hidden,
-            rank=rank,
-            alpha=alpha,
-        )
-        for layer in chosen
-        for target in targets
-    )
-    head = (
-        TensorSpec("classifier.weight", (len(labels), base.hidden)),
-        TensorSpec("classifier.bias", (len(labels),)),
-    )
-    return AdapterSpec(
-        base.digest,
-        modules,
-        head,
-        use_rslora=use_rslora,
-        task="sequence-classification",
-        labels=tuple(labels),
-    )
-
-
-def first_trained_layer(spec: AdapterSpec, layers: int) -> int:
-    """Index of the lowest layer that the adapter touches; ``layers`` if it touches none."""
-    lowest = layers
-    for module in spec.modules:
-        head, _, rest = module.name.partition("encoder.encoder.layer.")
-        # A module outside the layers (an embedding) means that nothing below is frozen.
-        lowest = min(lowest, int(rest.split(".")[0]) if rest and not head else 0)
-    return lowest
-
-
-def attach(model: SentenceClassifier, spec: AdapterSpec) -> Any:
-    """Wrap the model with PEFT's LoRA layers as the specification says, and set ``model.split``.
-
-    Returns:
-        a ``peft.PeftModel`` in evaluation mode, whose adapter and head are trainable.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    fields = dict(peft_layout.peft_config(spec, "base"))
-    known = set(LoraConfig.__dataclass_fields__)
-    config = LoraConfig(**{key: value for key, value in fields.items() if key in known})
-    config.base_model_name_or_path = None  # a public name is written at export, never a path
-    config.task_type = None  # the classifier is ours, not one of PEFT's task wrappers
-    config.inference_mode = False
-    model.split = first_trained_layer(spec, len(model.layers))
-    return get_peft_model(model, config).eval()
-
-
-def load_tensors(peft_model: Any, adapter: Adapter) -> None:
-    """Copy an adapter into the model's own tensors, in place; optimisers keep their references.
-
-    Raises:
-        BaseUnsupported: if the model was attached with another specification.
-    """
-    slots = parameter_slots(peft_model, adapter.spec)
-    with torch.no_grad():
-        for key, value in adapter:
-            slots[key].copy_(torch.from_numpy(np.array(value)))
-
-
-def read_tensors(peft_model: Any, spec: AdapterSpec) -> Adapter:
-    """Copy the model's adapter out."""
-    slots = parameter_slots(peft_model, spec)
-    return Adapter(spec, {key: slots[key].detach().cpu().numpy().copy() for key in spec.shapes()})
-
-
-def parameter_slots(peft_model: Any, spec: AdapterSpec) -> dict[str, Tensor]:
-    """The model's trainable parameters by the names that PEFT gives them in a saved adapter."""
-    slots: dict[str, Tensor] = {}
-    for name, parameter in peft_model.named_parameters():
-        key = name.replace(".modules_to_save.default.", ".").replace(".default", "")
-        if ".original_module." not in name:
-            slots[key] = parameter
-    shapes = spec.shapes()
-    wrong = [k for k, shape in shapes.items() if k not in slots or slots[k].shape != shape]
-    if wrong:
-        raise BaseUnsupported(
-            f"the model was attached with another specification: {wrong[0]} is missing or has "
-            "another shape"
-        )
-    return {key: slots[key] for key in shapes}

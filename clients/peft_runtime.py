@@ -1,11 +1,12 @@
-"""The torch engine: LoRA versions beside one frozen base, swapped without touching a weight.
+"""The torch engine: versions of any PEFT type beside one frozen base, which is never touched.
 
 PEFT itself is not used here: its set_adapter, hotswap and merge change layers one by one, and a
 forward pass of another thread then sees some layers of the old adapter and some of the new. Here
-the base never changes. Every linear layer of the encoder carries one hook, installed once; the
-hook reads a context variable that says which version each row of this batch has, and adds that
-version's ``s B A x`` (Hu et al. 2021, section 4.1). Publishing is one pointer store, and a version
-dies with the last request that holds it.
+the base never changes. Every linear layer of the encoder carries hooks, installed once; they read a
+context variable that says which version each row of this batch has, and apply what that version
+does at this layer (``clients.runtime_forms``). Rows whose version puts tokens before the text go
+through in a pass of their own. Publishing is one pointer store, and a version dies with the last
+request that holds it.
 
 Before any release the base version answers: its head is zero, so every class has the same score.
 
@@ -22,12 +23,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aggregation.adapter import Adapter
-from aggregation.spec import Orientation
 from clients.base import BaseRef
 from clients.model import build, tokenizer
 from clients.runtime import (
@@ -39,27 +38,18 @@ from clients.runtime import (
     Request,
     RequestError,
 )
+from clients.runtime_forms import HEAD, State, make_state
 
-HEAD = "classifier"
 MAX_LENGTH = 128  # tokens
 MAX_REQUESTS = 4096
 BATCH = 16  # rows of one forward pass: small, so that probes and served requests interleave
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    """A version's tensors: A transposed (d_in, r), s B transposed (r, d_out), the head."""
-
-    modules: Mapping[str, tuple[Tensor, Tensor]]
-    weight: Tensor | None  # (labels, hidden); None: the base's head of zeros
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
 class _Group:
     """The rows of one batch that belong to one version; ``rows`` is None for all of them."""
 
-    state: _State
+    state: State
     labels: int
     rows: Tensor | None
 
@@ -92,16 +82,17 @@ class PeftRuntime:
     ) -> None:
         self._ref, self._batch = base, batch
         self._model = build(base, max(1, len(labels)))
-        self._encode = _encoder(base, max_length)
+        self._encode = _encoder(base, min(max_length, base.positions))
         shapes = {}
         for name, module in self._model.named_modules():
             if name == HEAD:
                 module.register_forward_hook(_head_hook)
             elif isinstance(module, nn.Linear):
                 shapes[name] = (module.out_features, module.in_features)
-                module.register_forward_hook(_hook(name))
+                module.register_forward_pre_hook(_before(name))
+                module.register_forward_hook(_after(name))
         self._shapes = shapes
-        self._base = AdapterVersion(BASE, "", tuple(labels), _State({}, None, None))
+        self._base = AdapterVersion(BASE, "", tuple(labels), State())
         self._live: dict[str, AdapterVersion] = {}
         self._writing = threading.Lock()  # between publishers only; readers take none
 
@@ -117,30 +108,12 @@ class PeftRuntime:
 
     def load(self, adapter: Adapter, *, name: str) -> AdapterVersion:
         """See :meth:`clients.runtime.Runtime.load`."""
-        spec = adapter.spec
-        if spec.base_digest != self._ref.digest:
-            raise LoadError(
-                f"{name}: made for base {spec.base_digest}, this engine runs {self._ref.digest}"
-            )
-        modules = {}
-        for module in spec.modules:
-            if module.orientation is not Orientation.LINEAR:
-                raise LoadError(f"{name}: {module.name} is {module.orientation}, not linear")
-            if self._shapes.get(module.name) != (module.d_out, module.d_in):
-                raise LoadError(
-                    f"{name}: {module.name} of shape {module.d_out} x {module.d_in} is not a "
-                    f"linear layer of {self._ref.name}"
-                )
-            B, A = adapter.factors(module.name)
-            scaled = np.float32(spec.scale(module.name)) * B
-            modules[module.name] = (_tensor(A.T), _tensor(scaled.T))
-        weight, bias = self._head(adapter, name)
-        state = _State(modules, weight, bias)
-        return AdapterVersion(name, adapter.digest, spec.labels, state)
+        state = make_state(adapter, name, self._model, self._ref)
+        return AdapterVersion(name, adapter.digest, adapter.spec.labels, state)
 
     def publish(self, version: AdapterVersion | None, name: str = DEFAULT) -> AdapterVersion:
         """See :meth:`clients.runtime.Runtime.publish`."""
-        if version is not None and not isinstance(version.state, _State):
+        if version is not None and not isinstance(version.state, State):
             raise LoadError(f"{version.name}: loaded by another engine")
         with self._writing:
             previous = self.pin(name)
@@ -184,46 +157,78 @@ class PeftRuntime:
         for row, found in enumerate(tokens):
             ids[row, : len(found)] = torch.tensor(found)
             mask[row, : len(found)] = 1
+        parts: dict[int, list[int]] = {}
+        for row, version in enumerate(versions):
+            parts.setdefault(id(version) if version.state.virtual else 0, []).append(row)
+        if len(parts) == 1:
+            return self._pass(ids, mask, versions)
+        passed = []
+        for rows in parts.values():
+            longest = int(mask[rows].sum(1).max())
+            part = self._pass(
+                ids[rows, :longest], mask[rows, :longest], [versions[row] for row in rows]
+            )
+            passed.append((rows, part))
+        widest = max(part.shape[1] for _, part in passed)
+        logits = torch.full((len(tokens), widest), float("-inf"))
+        for rows, part in passed:
+            logits[rows, : part.shape[1]] = part
+        return logits
+
+    def _pass(self, ids: Tensor, mask: Tensor, versions: list[AdapterVersion]) -> Tensor:
+        """Logits of rows that go through together: of one version, if it has virtual tokens."""
+        state: State = versions[0].state
+        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": state.prefix}
         token = _groups.set(_group(versions))
         try:
             with torch.inference_mode():
-                logits: Tensor = self._model(input_ids=ids, attention_mask=mask)
+                if state.prompt is not None:
+                    room = self._ref.positions - state.virtual
+                    ids, mask = ids[:, :room], mask[:, :room]
+                    words = self._model.encoder.embeddings.word_embeddings(ids)
+                    prompt = state.prompt.expand(len(ids), -1, -1)
+                    inputs = {"inputs_embeds": torch.cat([prompt, words], dim=1)}
+                before = mask.new_ones((len(mask), state.virtual))
+                logits: Tensor = self._model(
+                    attention_mask=torch.cat([before, mask], dim=1), **inputs
+                )
                 return logits
         finally:
             _groups.reset(token)
 
-    def _head(self, adapter: Adapter, name: str) -> tuple[Tensor, Tensor]:
-        spec, hidden = adapter.spec, self._ref.hidden
-        allowed = {
-            f"{HEAD}.weight": (len(spec.labels), hidden),
-            f"{HEAD}.bias": (len(spec.labels),),
-        }
-        found = {tensor.name: tensor.shape for tensor in spec.others}
-        if not spec.labels or found != allowed:
-            raise LoadError(
-                f"{name}: a sentence classifier needs labels and the head {allowed}, "
-                f"the adapter has {found}"
-            )
-        tensors = {tensor.name: adapter.tensors[tensor.key] for tensor in spec.others}
-        return _tensor(tensors[f"{HEAD}.weight"]), _tensor(tensors[f"{HEAD}.bias"])
 
-
-def _hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
-    def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+def _before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed: Tensor | None = None
         for group in _groups.get():
-            factors = group.state.modules.get(name)
-            if factors is None:
+            layer = group.state.layers.get(name)
+            if layer is None or layer.before is None:
                 continue
-            A, B = factors
             if group.rows is None:
-                return output + (args[0] @ A) @ B
+                return (args[0] * layer.before, *args[1:])
+            if changed is None:
+                changed = args[0].clone()
+            changed[group.rows] *= layer.before
+        return None if changed is None else (changed, *args[1:])
+
+    return multiply
+
+
+def _after(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def change(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        changed: Tensor | None = None
+        for group in _groups.get():
+            layer = group.state.layers.get(name)
+            if layer is None:
+                continue
+            if group.rows is None:
+                return layer.after(args[0], output)
             if changed is None:
                 changed = output.clone()
-            changed[group.rows] += (args[0][group.rows] @ A) @ B
+            changed[group.rows] = layer.after(args[0][group.rows], output[group.rows])
         return changed
 
-    return add
+    return change
 
 
 def _head_hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -265,10 +270,6 @@ def _prediction(version: AdapterVersion, row: Tensor) -> Prediction:
     scores = dict(zip(version.labels, torch.softmax(own, dim=-1).tolist(), strict=True))
     label = max(scores, key=lambda key: scores[key]) if scores else ""
     return Prediction(label, scores, logits, version)
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
 
 
 def _encoder(base: BaseRef, max_length: int) -> Callable[[list[str]], list[list[int]]]:

@@ -9,41 +9,42 @@ and one thread it gives the same bits in every process.
 
 A private job goes in this order: the noise is fixed, the event is spent in the ledger (durably, or
 refused), and only then is the first gradient computed. With privacy, no number that depends on the
-examples leaves in the metrics: no loss, no batch sizes.
+examples leaves in the metrics: no loss, no batch sizes. What a client keeps for its next round
+(``clients.memory``) is on the disk before its update is given out.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from aggregation.adapter import Adapter
+from aggregation.codecs import CodecError, read_codec
 from aggregation.errors import AggregationError
-from aggregation.spec import AdapterSpec
 from aggregation.update import Update
-from clients import model as models
+from clients import overlay as overlays
+from clients.attachments import attached, frozen
 from clients.base import BaseRef
-from clients.data import DataError, DataSource, Examples
+from clients.data import DataSource, Examples
 from clients.errors import ClientError
 from clients.faults import JobFailure, JobFault, failure, fault_for
 from clients.loop import LocalRound
-from clients.model import SentenceClassifier
-from clients.training import ClientJob, PlanError, TrainingPlan, parts
-from clients.trunk import CACHE_BYTES, FILL_TOKENS, Features, TrunkCache
-from privacy import calibration
-from privacy.budget import LocalPrivacy
+from clients.measuring import Evaluation, measure
+from clients.memory import OWN, ClientMemory, Memories
+from clients.outgoing import chosen_before, outgoing, own_start, with_own
+from clients.rows import Rows
+from clients.shelf import Shelf
+from clients.spending import private_event, spend
+from clients.training import ClientJob, Owner, PlanError, check_finite
+from clients.trunk import CACHE_BYTES
 from privacy.errors import PrivacyError
-from privacy.events import SgdEvent
 from privacy.ledger import Ledger
-from privacy.randomness import DEVICE, SEEDED, derive, seeded_key
+from privacy.local import check_model
+from privacy.randomness import DEVICE, SEEDED, Stream, derive, seeded_key
 
 __all__ = [
     "Evaluation",
@@ -54,18 +55,6 @@ __all__ = [
     "private_event",
 ]
 
-MODELS_KEPT = 4
-FILES_KEPT = 256
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How an adapter does on some examples: accuracy in 0..1, mean cross-entropy in nats."""
-
-    accuracy: float
-    loss: float
-    examples: int
-
 
 class Trainer(Protocol):
     """What can train."""
@@ -75,9 +64,23 @@ class Trainer(Protocol):
         ...
 
     def evaluate(
-        self, adapter: Adapter, data: Examples | DataSource, *, max_length: int = 32
+        self,
+        adapter: Adapter,
+        data: Examples | DataSource,
+        *,
+        max_length: int = 32,
+        beside: Sequence[Adapter] = (),
+        owner: Owner | None = None,
     ) -> Evaluation:
         """Measure an adapter.
+
+        Args:
+            adapter: what is measured.
+            data: the examples, or where they are.
+            max_length: tokens of a text that are read.
+            beside: frozen adapters that belong to it.
+            owner: the client whose examples they are: what it keeps is put in, and only its
+                held-out share is measured; None measures the adapter as it is on all examples.
 
         Raises:
             DataError: if the data cannot be used.
@@ -113,10 +116,8 @@ class ResidentTrainer:
         self.base = base
         self._ledger = ledger
         self._device_key = device_key
-        self._pristine = models.build(base, 1)
-        self._trunks = TrunkCache(self._pristine, models.tokenizer(base), cache_bytes)
-        self._models: OrderedDict[str, Any] = OrderedDict()
-        self._files: OrderedDict[tuple[Any, ...], Examples] = OrderedDict()
+        self._shelf = Shelf(base, cache_bytes)
+        self._rows = Rows()
         self._lock = threading.Lock()
 
     @property
@@ -129,23 +130,34 @@ class ResidentTrainer:
         return [self._guarded(job) for job in jobs]
 
     def evaluate(
-        self, adapter: Adapter, data: Examples | DataSource, *, max_length: int = 32
+        self,
+        adapter: Adapter,
+        data: Examples | DataSource,
+        *,
+        max_length: int = 32,
+        beside: Sequence[Adapter] = (),
+        owner: Owner | None = None,
     ) -> Evaluation:
         """Measure an adapter; see :class:`Trainer`."""
+        owner = owner or Owner(client="", run="", round=0)
+        assignment = owner.assignment
         with self._lock:
-            examples = self._examples(data, adapter.spec.labels)
-            peft_model = self._model(adapter.spec)
-            models.load_tensors(peft_model, adapter)
-            features = self._features(peft_model, examples, max_length)
+            examples = self._rows.to_measure(
+                data, adapter.spec.labels, owner.client, assignment.holdout
+            )
+            past = Memories()
+            if owner.memory is not None and assignment.keeps:
+                past = ClientMemory(owner.memory, owner.run, owner.client).after(owner.round)
+            if assignment.keeps == "B":
+                adapter = with_own(adapter, past.adapters.get(OWN))
+            peft_model = self._shelf.model(adapter.spec)
+            features = self._shelf.features(peft_model, examples, max_length, beside)
+            own = None
+            if assignment.keeps == "overlay":
+                hidden = self._shelf.hidden(peft_model, beside)
+                own = overlays.own(past, features, hidden, assignment.mix)
             labels = torch.tensor(examples.labels)
-            right, loss = 0, 0.0
-            with torch.inference_mode():
-                for part in parts(np.arange(len(examples)), features.tokens.lengths, FILL_TOKENS):
-                    logits = peft_model(**features.inputs(part))
-                    truth = labels[part]
-                    right += int((logits.argmax(-1) == truth).sum())
-                    loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
-        return Evaluation(right / len(examples), loss / len(examples), len(examples))
+            return measure(peft_model, adapter, features, labels, beside=beside, own=own)
 
     def _guarded(self, job: ClientJob) -> Update | JobFailure:
         try:
@@ -158,46 +170,70 @@ class ResidentTrainer:
             return failure(job, JobFault.TRAINING_FAILED, error)
 
     def _train(self, job: ClientJob) -> Update:
-        models.check_base(job.adapter.spec, self.base)
-        examples = self._examples(job.data, job.adapter.spec.labels)
-        key, fingerprint = self._keys(job, examples)
-        peft_model = self._model(job.adapter.spec)
-        features = self._features(peft_model, examples, job.plan.max_length)
-        run = LocalRound(peft_model, job, features, torch.tensor(examples.labels), key)
-        if job.privacy is None:
-            metrics = run.plainly()
-            event: dict[str, int | float | str] = {}
-        else:
-            planned, epsilon = self._spend(job, job.privacy, len(examples), fingerprint)
-            event = planned.to_mapping()
-            metrics = {"epsilon": epsilon, "noise_multiplier": planned.noise_multiplier}
-            metrics |= run.privately(job.privacy, planned)
-        trained = models.read_tensors(peft_model, job.adapter.spec)
-        if not trained.is_finite():
-            raise PlanError("training diverged to values that are not finite: lower learning_rate")
-        weight = float(len(examples))
-        return Update(job.client, job.round, job.adapter.digest, trained, weight, event, metrics)
-
-    def _spend(
-        self, job: ClientJob, privacy: LocalPrivacy, examples: int, fingerprint: str
-    ) -> tuple[SgdEvent, float]:
-        """The event of this job, and the epsilon it brings the client to; durable on return."""
-        event = private_event(job.plan, privacy, examples)
-        if self._ledger is None:
-            return event, calibration.epsilon([event], privacy.delta, privacy.accountant)
-        spent = self._ledger.spend(
-            job.client,
-            job.run,
-            job.round,
-            event,
-            privacy.budget(),
-            accountant=privacy.accountant,
-            delta=privacy.delta,
-            inputs=fingerprint,
+        spec, assignment = job.adapter.spec, job.assignment
+        peft_model = self._shelf.model(spec)
+        memory = self._memory(job)
+        past = memory.before(job.round) if memory else Memories()
+        start, chosen = own_start(job, past), chosen_before(job)
+        examples = self._rows.to_train(job.data, spec.labels, job.client, assignment.holdout)
+        key, fingerprint = self._keys(job, start, examples)
+        features = self._shelf.features(peft_model, examples, job.plan.max_length, job.beside)
+        classes = torch.tensor(examples.labels)
+        with attached(
+            peft_model, start, assignment, beside=frozen(job.beside), chosen=chosen
+        ) as attachment:
+            if job.privacy is not None:
+                check_model(peft_model)  # what cannot train privately must not spend anything
+            event, metrics = spend(job, len(examples), self._ledger, fingerprint)
+            run = LocalRound(peft_model, attachment, job.plan, features, classes, key)
+            if job.privacy is not None and event is not None:
+                metrics |= run.privately(job.privacy, event)
+            else:
+                told = run.plainly()
+                metrics |= {"steps": told["steps"]} if event is not None else told
+            trained = attachment.read()
+        check_finite(trained)
+        made = outgoing(
+            job,
+            trained,
+            chosen=chosen,
+            past=past,
+            noise=Stream(derive(key, "factor noise")),
+            weight=float(len(examples)),
+            event={} if event is None else event.to_mapping(),
+            metrics=metrics,
         )
-        return event, spent.epsilon
+        memories = made.memories
+        if assignment.keeps == "overlay":
+            hidden = self._shelf.hidden(peft_model, job.beside)
+            memories |= overlays.train_own(
+                run, trained, past, assignment.mix, beside=job.beside, hidden=hidden
+            )
+        if memory:
+            memory.write(job.round, memories)
+        return made.update
 
-    def _keys(self, job: ClientJob, examples: Examples) -> tuple[bytes, str]:
+    def _memory(self, job: ClientJob) -> ClientMemory | None:
+        """Where the client keeps things, if it has a place and something to keep.
+
+        Raises:
+            PlanError: if there is something to keep and no place.
+        """
+        try:
+            stateful = read_codec(job.codec).stateful
+        except CodecError as error:
+            raise PlanError(str(error)) from None
+        needs = job.assignment.keeps or job.assignment.sketch or stateful
+        if job.memory is not None:
+            return ClientMemory(job.memory, job.run, job.client)
+        if needs:
+            raise PlanError(
+                "what this client is asked to do needs a memory from round to round, and it has "
+                "none: give memory=..., the folder for it"
+            )
+        return None
+
+    def _keys(self, job: ClientJob, start: Adapter, examples: Examples) -> tuple[bytes, str]:
         """The root of this job's randomness, and the fingerprint of all that it depends on.
 
         On a device the fingerprint is part of the root: a round repeated after a crash repeats its
@@ -206,83 +242,18 @@ class ResidentTrainer:
         still draw the same noise; the ledger counts by the fingerprint in both cases.
         """
         root = seeded_key(job.seed) if self._device_key is None else self._device_key
-        settings = {
+        settings: dict[str, Any] = {
             "plan": job.plan.to_mapping(),
             "privacy": job.privacy.to_mapping() if job.privacy else None,
         }
+        # Only where there is something to say: what was spent before these existed stays spent.
+        if job.assignment.to_mapping():
+            settings["assignment"] = job.assignment.to_mapping()
+        if job.beside:
+            settings["beside"] = [adapter.digest for adapter in job.beside]
         name = (job.run, job.client, job.round)
-        depends = (job.adapter.digest, examples.digest, json.dumps(settings, sort_keys=True))
+        depends = (start.digest, examples.digest, json.dumps(settings, sort_keys=True))
         fingerprint = derive(root, "inputs", *name, *depends).hex()
         if self._device_key is None:
             return derive(root, *name), fingerprint
         return derive(root, *name, fingerprint), fingerprint
-
-    def _examples(self, data: Examples | DataSource, labels: tuple[str, ...]) -> Examples:
-        if isinstance(data, Examples):
-            if data.label_names != labels:
-                raise DataError(
-                    f"the data's classes are {', '.join(data.label_names)}, the adapter's are "
-                    f"{', '.join(labels)}: they must be the same, in the same order"
-                )
-            examples = data
-        else:
-            examples = self._read(data, labels)
-        if not len(examples):
-            raise DataError("there are no examples to work with: the partition is empty")
-        return examples
-
-    def _read(self, source: DataSource, labels: tuple[str, ...]) -> Examples:
-        try:
-            state = source.path.stat()
-        except OSError:
-            raise DataError(f"{source.path}: there is no such file") from None
-        key = (source, labels, state.st_size, state.st_mtime_ns)
-        if key not in self._files:
-            self._files[key] = source.read(labels)
-            if len(self._files) > FILES_KEPT:
-                self._files.popitem(last=False)
-        return self._files[key]
-
-    def _features(self, peft_model: Any, examples: Examples, max_length: int) -> Features:
-        split = peft_model.base_model.model.split
-        return self._trunks.features(
-            examples.texts, examples.texts_digest, max_length=max_length, split=split
-        )
-
-    def _model(self, spec: AdapterSpec) -> Any:
-        """A PEFT model of this specification; all of them share the base's weights."""
-        models.check_base(spec, self.base)
-        found = self._models.get(spec.digest)
-        if found is None:
-            shared: dict[int, Any] = {id(p): p for p in self._pristine.encoder.parameters()}
-            shell = SentenceClassifier(
-                copy.deepcopy(self._pristine.encoder, shared), self.base.hidden, len(spec.labels)
-            )
-            shell.requires_grad_(False)
-            found = self._models[spec.digest] = models.attach(shell.eval(), spec)
-            if len(self._models) > MODELS_KEPT:
-                self._models.popitem(last=False)
-        self._models.move_to_end(spec.digest)
-        return found
-
-
-def private_event(plan: TrainingPlan, privacy: LocalPrivacy, examples: int) -> SgdEvent:
-    """What one private round of a client with so many examples will do, noise calibrated.
-
-    Raises:
-        PlanError: if a batch would be larger than the data.
-        BudgetError: if delta is too large for so few examples.
-        CalibrationError: if no noise reaches the epsilon.
-    """
-    sigma = privacy.noise_multiplier
-    if sigma is None:
-        assert privacy.epsilon is not None  # noqa: S101 - LocalPrivacy has checked it
-        trial = plan.event(examples, privacy, 1.0)
-        sigma = calibration.noise_multiplier(
-            privacy.epsilon,
-            privacy.delta,
-            trial.sample_rate,
-            trial.steps * privacy.rounds,
-            privacy.accountant,
-        )
-    return plan.event(examples, privacy, sigma)

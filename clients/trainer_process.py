@@ -22,10 +22,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from aggregation.adapter import Adapter
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from clients.data import DataSource, Examples
     from clients.faults import JobFailure
     from clients.trainer import Evaluation, ResidentTrainer
-    from clients.training import ClientJob
+    from clients.trainer_wire import Frame
+    from clients.training import ClientJob, Owner
 
 REQUEST_SECONDS = 30.0  # for a request to arrive whole; training itself takes what it takes
 MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path, unix(7)
@@ -59,30 +60,30 @@ class TrainerClient:
         Raises:
             TrainerError: if the process cannot be reached or ended meanwhile.
         """
-        from clients import trainer_wire as wire
+        from clients import trainer_headers as headers
 
-        header = {"verb": "train", "jobs": [wire.job_header(job) for job in jobs]}
-        answer, adapters = self._ask(header, [job.adapter for job in jobs])
-        return wire.results_from(answer["results"], adapters)
+        return headers.results_from(self._ask(headers.jobs_frame(jobs)))
 
     def evaluate(
-        self, adapter: Adapter, data: Examples | DataSource, *, max_length: int = 32
+        self,
+        adapter: Adapter,
+        data: Examples | DataSource,
+        *,
+        max_length: int = 32,
+        beside: Sequence[Adapter] = (),
+        owner: Owner | None = None,
     ) -> Evaluation:
-        """Measure an adapter there.
+        """Measure an adapter there; arguments as in ``Trainer``.
 
         Raises:
             DataError, BaseMismatch: as in ``Trainer``.
             TrainerError: if the process cannot be reached or ended meanwhile.
         """
-        from clients import trainer_wire as wire
+        from clients import trainer_headers as headers
         from clients.trainer import Evaluation
 
-        header = {
-            "verb": "evaluate",
-            "data": wire.data_header(data),
-            "max_length": max_length,
-        }
-        answer, _ = self._ask(header, [adapter])
+        frame = headers.evaluation_frame(adapter, data, max_length, beside, owner)
+        answer = self._ask(frame).header
         return Evaluation(answer["accuracy"], answer["loss"], answer["examples"])
 
     def wait_ready(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
@@ -95,12 +96,12 @@ class TrainerClient:
         Raises:
             TrainerError: if it is not ready in time, or ended.
         """
-        from clients.trainer_wire import TrainerError
+        from clients.trainer_wire import Frame, TrainerError
 
         deadline = time.monotonic() + seconds
         while True:
             with contextlib.suppress(TrainerError):
-                self._ask({"verb": "ping"}, [])
+                self._ask(Frame({"verb": "ping"}))
                 return
             if not alive():
                 raise TrainerError(f"{self.path}: the trainer process ended before it was ready")
@@ -108,9 +109,7 @@ class TrainerClient:
                 raise TrainerError(f"{self.path}: the trainer was not ready within {seconds:.0f} s")
             time.sleep(0.05)
 
-    def _ask(
-        self, header: Mapping[str, Any], adapters: Sequence[Adapter]
-    ) -> tuple[dict[str, Any], list[Adapter]]:
+    def _ask(self, frame: Frame) -> Frame:
         from clients import trainer_wire as wire
         from clients.base import BaseMismatch
         from clients.data import DataError
@@ -119,16 +118,17 @@ class TrainerClient:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(self._timeout)
                 connection.connect(str(self.path))
-                wire.send(connection, header, adapters)
-                answer, values = wire.receive(connection)
+                wire.send(connection, frame)
+                answer = wire.receive(connection)
         except OSError as error:
             raise wire.TrainerError(
                 f"{self.path}: no trainer answers ({error}); is the process running?"
             ) from error
-        if "error" in answer:
+        if "error" in answer.header:
             kinds = {"DataError": DataError, "BaseMismatch": BaseMismatch}
-            raise kinds.get(answer["kind"], wire.TrainerError)(answer["error"])
-        return answer, values
+            kind = kinds.get(answer.header["kind"], wire.TrainerError)
+            raise kind(answer.header["error"])
+        return answer
 
 
 def serve(listener: socket.socket, trainer: ResidentTrainer) -> NoReturn:
@@ -146,32 +146,30 @@ def serve(listener: socket.socket, trainer: ResidentTrainer) -> NoReturn:
 
 def _answer(connection: socket.socket, trainer: ResidentTrainer) -> None:
     from aggregation.errors import AggregationError
-    from aggregation.update import Update
+    from clients import trainer_headers as headers
     from clients import trainer_wire as wire
     from clients.errors import ClientError
     from privacy.errors import PrivacyError
 
     try:
-        header, adapters = wire.receive(connection)
-        verb, out = header.get("verb"), list[Any]()
+        frame = wire.receive(connection)
+        verb = frame.header.get("verb")
         if verb == "ping":
-            answer: dict[str, Any] = {}
+            answer = wire.Frame({})
         elif verb == "train":
-            pairs = zip(header["jobs"], adapters, strict=True)
-            results = trainer.train([wire.job_from(h, a) for h, a in pairs])
-            answer = {"results": [wire.result_header(r) for r in results]}
-            out = [r.adapter for r in results if isinstance(r, Update)]
+            answer = headers.results_frame(trainer.train(headers.jobs_from(frame)))
         elif verb == "evaluate":
-            data = wire.data_from(header["data"])
-            found = trainer.evaluate(adapters[0], data, max_length=int(header["max_length"]))
-            answer = asdict(found)
+            adapter, data, length, beside, owner = headers.evaluation_from(frame)
+            found = trainer.evaluate(adapter, data, max_length=length, beside=beside, owner=owner)
+            answer = wire.Frame(asdict(found))
         else:
-            answer = {"error": f"unknown verb {verb!r}", "kind": "TrainerError"}
+            answer = wire.Frame({"error": f"unknown verb {verb!r}", "kind": "TrainerError"})
     except (ClientError, PrivacyError, AggregationError) as error:
-        answer, out = {"error": str(error), "kind": type(error).__name__}, []
+        answer = wire.Frame({"error": str(error), "kind": type(error).__name__})
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        answer, out = {"error": f"a malformed request: {error!r}", "kind": "TrainerError"}, []
-    wire.send(connection, answer, out)
+        what = f"a malformed request: {error!r}"
+        answer = wire.Frame({"error": what, "kind": "TrainerError"})
+    wire.send(connection, answer)
 
 
 def listen(path: Path) -> socket.socket:

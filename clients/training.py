@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from aggregation.adapter import Adapter
+from aggregation.train import Assignment
 from clients.data import DataSource, Examples
 from clients.errors import ClientError
 from privacy.budget import LocalPrivacy
@@ -166,6 +168,10 @@ class ClientJob:
         plan: how to train.
         privacy: DP-SGD settings; None trains without privacy.
         seed: root seed of the run.
+        assignment: which tensors train, are sent and are kept.
+        codec: how the values that are sent travel, as a recipe writes its piece.
+        beside: frozen adapters that are applied beside the trained one.
+        memory: folder of what the client keeps from round to round; None keeps nothing.
     """
 
     client: str
@@ -176,6 +182,29 @@ class ClientJob:
     plan: TrainingPlan
     privacy: LocalPrivacy | None = None
     seed: int = 0
+    assignment: Assignment = field(default_factory=Assignment)
+    codec: str = "float32"
+    beside: tuple[Adapter, ...] = ()
+    memory: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Whose examples are measured, and with what of their own.
+
+    Attributes:
+        client: the client's stable name.
+        run: name of the run.
+        round: number of the last round that counts.
+        assignment: as in the training; says what the client keeps, and its held-out share.
+        memory: folder of what the client keeps; None if it keeps nothing.
+    """
+
+    client: str
+    run: str
+    round: int
+    assignment: Assignment = field(default_factory=Assignment)
+    memory: Path | None = None
 
 
 def shuffled_batches(examples: int, plan: TrainingPlan, order: Stream) -> Iterator[Indices]:
@@ -208,6 +237,16 @@ def parts(batch: Indices, lengths: Sequence[int], tokens: int = PART_TOKENS) -> 
             out.append([])
         out[-1].append(index)
     return [np.array(part, np.int64) for part in out]
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Refuse what a training that diverged has left.
+
+    Raises:
+        PlanError: if a value is NaN or infinite.
+    """
+    if not adapter.is_finite():
+        raise PlanError("training diverged to values that are not finite: lower learning_rate")
 
 
 def _within(name: str, value: float, above: float, most: float) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from federation.rounds import Round, RoundsError
 
 SCHEMA = 1
 STATES_KEPT = 2
+RECORD, STATE = "round.json", "state.safetensors"
 
 _log = logging.getLogger("airpeft.federation.checkpoint")
 
@@ -46,8 +48,15 @@ class Checkpoints:
     folder: Path
     run: str
 
-    def save(self, record: Round, state: GlobalState) -> None:
+    def save(
+        self, record: Round, state: GlobalState, files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Make a round durable; when this returns, a kill can't lose it.
+
+        Args:
+            record: of the round.
+            state: after it.
+            files: further files by name, kept as long as the state is; see :meth:`kept`.
 
         Raises:
             StorageError: if the disk is full or the folder not writable; the run can be resumed.
@@ -62,12 +71,22 @@ class Checkpoints:
         durable.write_folder(
             self._folder(record.number),
             {
-                "state.safetensors": data,
-                "round.json": json.dumps(document, sort_keys=True, indent=1).encode(),
+                **(files or {}),
+                STATE: data,
+                RECORD: json.dumps(document, sort_keys=True, indent=1).encode(),
             },
         )
-        stale = self._folder(record.number - STATES_KEPT) / "state.safetensors"
-        stale.unlink(missing_ok=True)
+        for stale in self._folder(record.number - STATES_KEPT).glob("*"):
+            if stale.name != RECORD:
+                stale.unlink(missing_ok=True)
+
+    def kept(self, number: int) -> dict[str, bytes]:
+        """The further files of a round, by name; none if it had none, or is too long ago."""
+        return {
+            path.name: path.read_bytes()
+            for path in sorted(self._folder(number).glob("*"))
+            if path.name not in (RECORD, STATE)
+        }
 
     def latest(self) -> tuple[list[Round], GlobalState] | None:
         """The records of all rounds so far and the newest state; None if there is none.
@@ -117,7 +136,7 @@ class Checkpoints:
 
     def _state(self, document: dict[str, Any]) -> GlobalState | None:
         number = self._record(document).number
-        path = self._folder(number) / "state.safetensors"
+        path = self._folder(number) / STATE
         try:
             data = path.read_bytes()
         except OSError:

@@ -23,6 +23,7 @@ from protos.signed import (
     PrivacyClaim,
     StatementError,
 )
+from protos.signed_checks import check_text
 
 VERSION_FILE = "version.json"
 PRIVACY_FILE = "privacy.json"
@@ -36,12 +37,21 @@ class ProvenanceError(FederationError):
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What an adapter's folder says of it; empty where it says nothing."""
+    """What an adapter's folder says of it; empty where it says nothing.
+
+    Attributes:
+        lineage: where it came from.
+        evaluation: how good it is.
+        example: what was spent on each example.
+        client: what was spent on each client.
+        personal: why it is no model of its own, if it is only what personal models share.
+    """
 
     lineage: Lineage = field(default_factory=Lineage)
     evaluation: Evaluation | None = None
     example: PrivacyClaim | None = None
     client: PrivacyClaim | None = None
+    personal: str = ""
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -59,6 +69,7 @@ def read_provenance(folder: Path) -> Provenance:
             evaluation=None if evaluation is None else Evaluation.from_custom(evaluation),
             example=claim(privacy, "example"),
             client=claim(privacy, "client"),
+            personal=check_text("personal", version.get("personal", ""), 1000),
         )
     except StatementError as error:
         raise ProvenanceError(f"{folder}: {error}") from None

@@ -20,7 +20,8 @@ from typing import Any
 
 from tuf.api.metadata import Metadata
 
-from aggregation import durable, payload, peft_layout
+from aggregation import beside, durable, payload, peft_layout
+from aggregation.adapter import Adapter
 from federation import roles
 from federation.errors import FederationError
 from federation.provenance import read_provenance
@@ -88,6 +89,9 @@ def make_request(
 ) -> ReleaseRequest:
     """Encode an adapter and write the request for its release.
 
+    What a recipe keeps beside the adapter, in ``residual/``, is stacked into it without loss: a
+    release is one adapter.
+
     Args:
         adapter_folder: PEFT layout, with ``version.json`` and ``privacy.json`` if there are any.
         out: folder of the request; it must not exist.
@@ -96,14 +100,16 @@ def make_request(
         now: the time, with a zone.
 
     Raises:
-        ReleaseError: ``out`` exists, the metadata is not that of a repository, or a field is wrong.
+        ReleaseError: ``out`` exists, the metadata is not that of a repository, a field is wrong,
+            the folder holds only what personal models share, or its residual does not fit into
+            one adapter.
         LayoutError: the folder is no adapter.
         PayloadError: the adapter can't be encoded.
         StorageError: the request can't be written.
     """
     if out.exists():
         raise ReleaseError(f"{out} exists: choose another folder for the request")
-    adapter = peft_layout.read(adapter_folder, base_digest=options.base_digest)
+    adapter = _whole(adapter_folder, options.base_digest)
     encoded = payload.encode(adapter, dtype=options.dtype)
     current, records = parse_adapters(adapters, "the current adapters metadata")
     try:
@@ -149,6 +155,19 @@ def make_request(
     files[REQUEST] = dump(_summary(record, unsigned.signed.version))
     durable.write_folder(out, files)
     return ReleaseRequest(out, record, files[METADATA])
+
+
+def _whole(folder: Path, base_digest: str | None) -> Adapter:
+    """The adapter of a folder, with what lies beside it."""
+    shared = read_provenance(folder).personal
+    if shared:
+        raise ReleaseError(f"{folder} cannot be released: {shared}")
+    adapter = peft_layout.read(folder, base_digest=base_digest)
+    rest = beside.read(folder, base_digest=adapter.spec.base_digest)
+    try:
+        return beside.stacked(adapter, rest)
+    except beside.StackError as error:
+        raise ReleaseError(f"{folder / beside.FOLDER}: {error}") from None
 
 
 def read_request(folder: Path) -> ReleaseRequest:

@@ -14,16 +14,19 @@ Both are plain values: nothing here knows Flower, files or clocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from federation.errors import FederationError
+from aggregation.errors import RecipeError
+from aggregation.recipe import Recipe
+from aggregation.recipes import recipe
+from federation.recipe_checks import RoundsError, check_recipe
 
+__all__ = ["LATE", "TOO_SMALL", "Round", "RoundsConfig", "RoundsError"]
 LATE = "late"
-
-
-class RoundsError(FederationError):
-    """Settings of a training run that contradict themselves."""
+TOO_SMALL = "max-rank"
+# Fields that records of older versions do not have.
+_LATER = {"personal", "bytes_measuring", "influence", "unchanged"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class RoundsConfig:
         plan: the clients' training plan, passed on unread.
         privacy: the clients' local privacy, passed on unread; None for none.
         recipe: name of the aggregation recipe.
+        pieces: choices to take instead of the recipe's own, by piece, as they are written.
         sampling: ``fixed`` or ``poisson``, see :mod:`federation.cohort`.
         fraction: share of the clients that is drawn each round, above 0 and at most 1.
         clients: how many clients to wait for before the first round.
@@ -46,9 +50,16 @@ class RoundsConfig:
         deadline_seconds: replies that come later are left out of their round.
         seed: root of every draw of the run.
         data_folder: where simulated clients find their examples; empty for real ones.
+        ranks: rank of a client's adapter, by name; the others have the global adapter's.
+        holdout: share of each client's own examples that never train; above 0, the round's clients
+            measure the model that they have after it on them.
+        trusted: name of the client that others are compared with, for a recipe that does so; it is
+            asked in every round. Empty for none.
+        buffer: how many updates make a step of a recipe without rounds; None for its own.
+        max_staleness: such a recipe refuses updates that started more steps ago; None for its own.
 
     Raises:
-        RoundsError: if a number is out of its bounds.
+        RoundsError: if a number is out of its bounds, or the recipe cannot be used like this.
     """
 
     run: str
@@ -57,6 +68,7 @@ class RoundsConfig:
     plan: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Any] | None = None
     recipe: str = "svd-warm-start"
+    pieces: Mapping[str, str] = field(default_factory=dict)
     sampling: str = "fixed"
     fraction: float = 1.0
     clients: int = 1
@@ -65,6 +77,11 @@ class RoundsConfig:
     deadline_seconds: float = 600.0
     seed: int = 0
     data_folder: str = ""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    holdout: float = 0.0
+    trusted: str = ""
+    buffer: int | None = None
+    max_staleness: int | None = None
 
     def __post_init__(self) -> None:
         bounds = {
@@ -74,10 +91,40 @@ class RoundsConfig:
             "min_updates": self.min_updates >= 1,
             "deadline_seconds": self.deadline_seconds > 0,
             "sampling": self.sampling in ("fixed", "poisson"),
+            "holdout": 0 <= self.holdout <= 0.9,
+            "ranks": all(rank >= 1 for rank in self.ranks.values()),
         }
         for name, sound in bounds.items():
             if not sound:
                 raise RoundsError(f"{name}={getattr(self, name)!r} is out of its bounds")
+        check_recipe(
+            self.chosen(),
+            clients=self.clients,
+            fraction=self.fraction,
+            sampling=self.sampling,
+            trusted=self.trusted,
+            mixed_ranks=len(set(self.ranks.values())) > 1,
+            buffer=self.buffer,
+            max_staleness=self.max_staleness,
+            private=self.privacy is not None,
+            min_updates=self.min_updates,
+            holdout=self.holdout,
+        )
+
+    def chosen(self) -> Recipe:
+        """The recipe with its replaced pieces.
+
+        Raises:
+            RoundsError: if there is none of that name, or its pieces do not go together.
+        """
+        try:
+            chosen = recipe(self.recipe, self.pieces)
+            if self.max_staleness is not None and chosen.weigh.max_staleness is not None:
+                weigh = replace(chosen.weigh, max_staleness=self.max_staleness)
+                chosen = replace(chosen, weigh=weigh)
+            return chosen
+        except RecipeError as error:
+            raise RoundsError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +137,26 @@ class Round:
         adapter_out: digest of the adapter that came out; the same if too few updates came.
         cohort: clients that were asked, in order.
         used: clients whose update is in the result.
-        refused: why each other one is not, by client: a reason, ``late``, or a client's fault.
+        refused: why each other one is not, by client: a reason, ``late``, a client's fault, or
+            ``max-rank`` for a device that was not asked because the recipe has nothing so small.
         weights: weight of each used update, by client.
         privacy_events: what each used client says it spent, by client.
-        aggregation_error: relative distance from the exact mean to what is handed out.
-        kept_energy: share of the mean's squared norm that the rank can hold.
-        bytes_down: bytes of the adapters sent out.
-        bytes_up: bytes of the adapters that came back.
+        aggregation_error: relative distance from the exact mean to what is handed out, with what
+            clients load beside the adapter, if they do.
+        kept_energy: share of the mean's squared norm that is handed out.
+        bytes_down: bytes of all arrays that were sent to clients for training, repeats included.
+        bytes_up: bytes of all arrays that came back, of refused updates too.
         metrics: of the new adapter on held-out examples.
         client_metrics: of each used client's training, by client.
-        seconds: how long the round took; not reproducible, unlike everything else.
+        seconds: how long the round took; not reproducible, unlike everything else. (``bytes_down``
+            may be larger in the first round after an interruption: a server that was away no
+            longer knows what its clients still have.)
+        personal: accuracy, loss and examples that clients measured on their own rows after the
+            round, by client.
+        bytes_measuring: bytes of all arrays that were sent to clients for that.
+        influence: share of each used update in the result, by client: its part of the weights, or
+            what a robust rule made of it.
+        unchanged: why the adapter stayed as it was; empty if it did not.
     """
 
     number: int
@@ -117,6 +174,10 @@ class Round:
     metrics: Mapping[str, float] = field(default_factory=dict)
     client_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
+    personal: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bytes_measuring: int = 0
+    influence: Mapping[str, float] = field(default_factory=dict)
+    unchanged: str = ""
 
     def to_document(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -130,7 +191,7 @@ class Round:
             RoundsError: on a missing or unknown field.
         """
         names = {f.name for f in fields(cls)}
-        if set(document) != names:
+        if set(document) | _LATER != names:
             raise RoundsError(
                 f"a round has exactly the fields {', '.join(sorted(names))}; "
                 f"got {', '.join(sorted(document))}"

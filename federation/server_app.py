@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from aggregation.adapter import Adapter
+from federation.buffered import BufferedStrategy
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from federation.strategy import Evaluate, LoraStrategy, Reply, TrainingResult
@@ -25,6 +26,9 @@ def run_training(
     checkpoint: Path | None = None,
 ) -> TrainingResult:
     """Train for ``config.rounds`` rounds, or for those that are left of an interrupted run.
+
+    A recipe that takes late updates (``fedbuff``) has no rounds but versions, see
+    :mod:`federation.buffered`.
 
     Args:
         grid: carries the messages; any of Flower's, or ``simulations.grid.LocalGrid``.
@@ -45,7 +49,8 @@ def run_training(
         CheckpointError: if the folder holds another run.
         StorageError: if the disk is full; free some space and start the same run again.
     """
-    strategy = LoraStrategy(
+    late = config.chosen().weigh.max_staleness is not None
+    strategy = (BufferedStrategy if late else LoraStrategy)(
         config,
         initial,
         evaluate=evaluate,

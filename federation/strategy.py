@@ -6,8 +6,8 @@ as they come, so memory does not grow with the number of clients; a client that 
 sends nonsense is left out and its reason recorded, and never ends the run; clients are drawn by
 their stable names, so every backend draws the same ones.
 
-The clients' adapters may have other ranks than the global one: what they become is the recipe's
-business.
+What a client gets is made in :mod:`federation.handing_out`, what it answers is judged in
+:mod:`federation.intake`; what becomes of it all is the recipe's business.
 """
 
 from __future__ import annotations
@@ -15,57 +15,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from aggregation.adapter import Adapter
-from aggregation.recipes import recipe
-from aggregation.state import GlobalState, initial_state
-from aggregation.update import Update, UpdateError
-from federation import cohort
+from aggregation.beside import residual_adapters
+from aggregation.errors import RecipeError
+from aggregation.state import GlobalState
+from federation import cohort, personal
 from federation.checkpoint import Checkpoints
+from federation.closing import close
+from federation.handing_out import HandingOut
+from federation.intake import Expected, Intake, Reply
 from federation.requests import Requests
-from federation.rounds import LATE, Round, RoundsConfig
+from federation.result import Evaluate, TrainingResult
+from federation.roll_call import RollCall
+from federation.rounds import TOO_SMALL, Round, RoundsConfig
+from federation.sketch_exchange import second_pass
 from protos import flower
 
+__all__ = ["Evaluate", "LoraStrategy", "Reply", "TrainingResult"]
+
 _log = logging.getLogger("airpeft.federation.strategy")
-
-Evaluate = Callable[[Adapter], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a finished run leaves.
-
-    Attributes:
-        adapter: the global adapter.
-        state: adapter and residual, to go on from.
-        rounds: the record of every round, the measurement before the first included.
-    """
-
-    adapter: Adapter
-    state: GlobalState
-    rounds: tuple[Round, ...]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One client's answer, as it came in: for whoever shows progress.
-
-    Attributes:
-        round: number of the round.
-        client: its stable name.
-        refused: why the answer is not used; empty if it is.
-        seconds: from the request to the reply, waiting included.
-    """
-
-    round: int
-    client: str
-    refused: str = ""
-    seconds: float = 0.0
 
 
 class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
@@ -74,7 +48,8 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
     Args:
         config: how the run goes.
         initial: the adapter to start from.
-        evaluate: measures an adapter on held-out examples; None for not at all.
+        evaluate: measures an adapter, with the frozen ones beside it, on held-out examples; None
+            for not at all.
         on_round: called after a round is durable.
         on_begin: called with the round's number and cohort before anybody is asked.
         on_reply: called for each reply.
@@ -95,17 +70,21 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._recipe = recipe(config.recipe)
-        self._recipe.check_rounds()
-        self._state = initial_state(initial)
+        self._recipe = config.chosen()
+        self._state = self._recipe.start(initial)
         self._evaluate = evaluate
         self._on_round = on_round
         self._on_begin = on_begin
         self._on_reply = on_reply
         self._checkpoints = checkpoints
         self._clock = clock
-        self._names: dict[int, str] = {}  # node id -> the client's stable name
+        self._roll_call = RollCall(config, clock)
+        self._handing = HandingOut(config, self._recipe, self._roll_call.max_rank)
         self._requests = Requests(clock)
+        self._nodes: Mapping[str, int] = {}
+        self._intake: Intake | None = None
+        self._bytes_down = 0
+        self._found_beside: tuple[GlobalState | None, tuple[Adapter, ...]] = (None, ())
         self._round = Round(number=0, adapter_in="", adapter_out="")
 
     def start(self, grid: Grid) -> TrainingResult:
@@ -126,13 +105,21 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             start = Round(number=0, adapter_in=digest, adapter_out=digest, metrics=self._measure())
             self._finish(start, history)
         for number in range(history[-1].number + 1, self._config.rounds + 1):
-            began = self._clock()
-            requests = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
-            replies = grid.send_and_receive(requests, timeout=self._config.deadline_seconds)
-            self.aggregate_train(number, replies)
-            record = replace(self._round, metrics=self._measure(), seconds=self._clock() - began)
-            self._finish(record, history)
-        return TrainingResult(self._state.adapter, self._state, tuple(history))
+            self._finish(self._one_round(grid, number), history)
+        return TrainingResult(self._state.adapter, self._state, tuple(history), self._beside())
+
+    def _one_round(self, grid: Grid, number: int) -> Round:
+        """Ask, add up, and measure what came out."""
+        began = self._clock()
+        self._exchange(grid, self.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
+        self._ask_again(grid, number)
+        self._bytes_down += second_pass(
+            grid, self._taking(), self._nodes, self._config, self._clock
+        )
+        self._close_round()
+        metrics = dict(self._measure())
+        metrics |= self._ask_for_measurements(grid, number)
+        return replace(self._round, metrics=metrics, seconds=self._clock() - began)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -145,30 +132,28 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             config: not used: the settings came with the strategy.
             grid: asked which nodes are there.
         """
-        cfg = self._config
-        nodes = self._present(grid)
-        drawn = cohort.draw(nodes, server_round, cfg.fraction, cfg.sampling, cfg.seed)
-        adapter = self._state.adapter
+        cfg, adapter = self._config, self._state.adapter
+        self._nodes = self._roll_call.present(grid)
+        self._handing.begin(self._state, server_round, self._beside())
+        drawn = cohort.draw(self._nodes, server_round, cfg.fraction, cfg.sampling, cfg.seed)
+        if cfg.trusted in self._nodes:
+            drawn = tuple(sorted({*drawn, cfg.trusted}))
+        able = tuple(client for client in drawn if self._can_train(client))
+        reason = self._recipe.reduce.needs(len(able))
+        if reason:
+            _log.warning("round %d: nobody is asked: %s", server_round, reason)
+            able = drawn = ()
         self._requests = Requests(self._clock)
+        self._bytes_down = 0
         self._round = Round(
-            number=server_round,
-            adapter_in=adapter.digest,
-            adapter_out=adapter.digest,
-            cohort=drawn,
-            bytes_down=adapter.nbytes * len(drawn),
+            number=server_round, adapter_in=adapter.digest, adapter_out=adapter.digest, cohort=drawn
         )
+        self._intake = self._new_intake(server_round)
+        for client in drawn:
+            if client not in able:
+                self._intake.refuse(client, TOO_SMALL)
         self._on_begin(server_round, drawn)
-        task = flower.TrainTask(
-            run=cfg.run,
-            round=server_round,
-            adapter=adapter,
-            plan=cfg.plan,
-            privacy=cfg.privacy,
-            seed=cfg.seed,
-            data_folder=cfg.data_folder,
-            base=cfg.base,
-        )
-        return self._messages(flower.train_task_record(task), [(nodes[n], n) for n in drawn])
+        return self._messages(able)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,55 +164,14 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             server_round: the round.
             replies: in any number and order; those that fail are recorded and left out.
         """
-        reduction = self._recipe.begin(self._state)
-        used: dict[str, Update] = {}
-        refused: dict[str, str] = {}
-        size = 0
-        for reply, client, seconds in self._requests.match(replies):
-            outcome = self._admit(reply, client, server_round)
-            if isinstance(outcome, Update):
-                size += outcome.adapter.nbytes
-                try:
-                    reduction.add(outcome)
-                    # The sum has the tensors now; only the small fields are kept.
-                    used[client] = replace(outcome, adapter=self._state.adapter)
-                except UpdateError as error:
-                    outcome = error.reason.value
-            if isinstance(outcome, str):
-                refused[client] = outcome
-                _log.warning("round %d: %s is left out: %s", server_round, client, outcome)
-            self._on_reply(Reply(server_round, client, refused.get(client, ""), seconds))
-        refused.update({c: LATE for c in self._round.cohort if c not in used and c not in refused})
-        self._round = replace(
-            self._round,
-            used=tuple(used),
-            refused=dict(sorted(refused.items())),
-            bytes_up=size,
-            weights={client: update.weight for client, update in used.items()},
-            privacy_events={c: dict(u.privacy_event) for c, u in used.items() if u.privacy_event},
-            client_metrics={client: dict(update.metrics) for client, update in used.items()},
-        )
-        if len(used) < max(1, self._config.min_updates):
-            _log.warning(
-                "round %d: %d usable updates, %d are needed: the adapter stays as it was",
-                server_round,
-                len(used),
-                self._config.min_updates,
-            )
-            return None, None
-        self._state, report = reduction.finish()
-        self._round = replace(
-            self._round,
-            adapter_out=self._state.adapter.digest,
-            aggregation_error=report.error,
-            kept_energy=report.energy,
-        )
+        self._taking().take(self._requests.match(replies))
+        self._close_round()
         return None, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: the adapter is measured on held-out examples, not on the clients' own."""
+        """Nothing: clients measure at the end of a round, if they do, see ``personal``."""
         return []
 
     def aggregate_evaluate(
@@ -249,6 +193,65 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             dict(cfg.privacy) if cfg.privacy else "none",
         )
 
+    def _new_intake(self, number: int) -> Intake:
+        expected = Expected(
+            round=number,
+            codec=str(self._recipe.codec),
+            assignment=self._handing.assignment,
+            start=lambda digest: self._handing.starts.get(digest),
+            small=self._state.adapter,
+        )
+        reduction = self._recipe.begin(self._state, trusted=self._config.trusted)
+        return Intake(expected, reduction, self._on_reply)
+
+    def _taking(self) -> Intake:
+        assert self._intake is not None  # noqa: S101 - configure_train comes first
+        return self._intake
+
+    def _exchange(self, grid: Grid, messages: Iterable[Message]) -> None:
+        """Send messages and judge what comes back."""
+        replies = grid.send_and_receive(messages, timeout=self._config.deadline_seconds)
+        self._taking().take(self._requests.match(replies))
+
+    def _ask_again(self, grid: Grid, number: int) -> None:
+        """Clients that have lost what they were believed to have get everything, once."""
+        lacking = list(self._taking().lacking)
+        for client in lacking:
+            self._handing.forget(client)
+        if lacking:
+            _log.info("round %d: %d clients get everything again", number, len(lacking))
+            self._exchange(grid, self._messages(lacking))
+
+    def _close_round(self) -> None:
+        """Form the next adapter of what is in the sum, if that is enough."""
+        taken = self._taking()
+        self._round, state = close(
+            self._round,
+            taken,
+            min_updates=self._config.min_updates,
+            bytes_down=self._bytes_down,
+            beside=self._recipe.refactor.beside,
+        )
+        for client in taken.used:
+            self._handing.keeps(client)
+        self._state = state or self._state
+
+    def _ask_for_measurements(self, grid: Grid, number: int) -> dict[str, float]:
+        """Have the round's clients measure what they have now, on the rows kept out for it."""
+        if not self._config.holdout or not self._round.used:
+            return {}
+        self._handing.begin(self._state, number, self._beside())
+        found = personal.measure(
+            grid,
+            [(self._nodes[client], client) for client in self._round.used],
+            self._handing,
+            round=number,
+            timeout=self._config.deadline_seconds,
+            clock=self._clock,
+        )
+        self._round = replace(self._round, personal=found.clients, bytes_measuring=found.bytes_down)
+        return found.mean()
+
     def _resume(self) -> list[Round]:
         found = self._checkpoints.latest() if self._checkpoints else None
         if found is None:
@@ -259,58 +262,38 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
 
     def _finish(self, record: Round, history: list[Round]) -> None:
         if self._checkpoints:
-            self._checkpoints.save(record, self._state)
+            self._checkpoints.save(record, self._state, self._kept())
         history.append(record)
         self._on_round(record)
 
+    def _kept(self) -> Mapping[str, bytes]:
+        """Further files of the checkpoint."""
+        return {}
+
     def _measure(self) -> Mapping[str, float]:
-        return dict(self._evaluate(self._state.adapter)) if self._evaluate else {}
+        if self._evaluate is None:
+            return {}
+        return self._evaluate(self._state.adapter, self._beside())
 
-    def _present(self, grid: Grid) -> dict[str, int]:
-        """Node id of every client that is there, by its stable name."""
-        cfg = self._config
-        wait = cfg.gather_seconds if not self._names else cfg.deadline_seconds
-        wanted = cfg.clients if not self._names else 1
-        nodes = cohort.gather(
-            lambda: list(grid.get_node_ids()), wanted=wanted, seconds=wait, clock=self._clock
-        )
-        self._names = {node: name for node, name in self._names.items() if node in set(nodes)}
-        unknown = [node for node in nodes if node not in self._names]
-        if unknown:
-            self._ask_names(grid, unknown)
-        return {name: node for node, name in sorted(self._names.items(), reverse=True)}
+    def _beside(self) -> tuple[Adapter, ...]:
+        """What belongs to the adapter of the current state, computed once for each state."""
+        if self._found_beside[0] is not self._state:
+            kept = self._recipe.refactor.beside
+            self._found_beside = (self._state, residual_adapters(self._state) if kept else ())
+        return self._found_beside[1]
 
-    def _ask_names(self, grid: Grid, nodes: Sequence[int]) -> None:
-        requests = Requests(self._clock)
-        messages = [
-            requests.add(Message(RecordDict(), dst_node_id=n, message_type=flower.IDENTITY), str(n))
-            for n in nodes
-        ]
-        replies = grid.send_and_receive(messages, timeout=self._config.gather_seconds)
-        for reply, node, _ in requests.match(replies):
-            if not reply.has_content():
-                continue  # asked again before the next round
-            try:
-                self._names[int(node)] = flower.identity_from(reply.content).client
-            except flower.RecordError as error:
-                _log.warning("node %s has no usable name: %s", node, error)
-
-    def _messages(
-        self, content: RecordDict, targets: Sequence[tuple[int, str]]
-    ) -> Iterator[Message]:
-        for node, client in targets:
-            message = Message(content, dst_node_id=node, message_type=flower.TRAIN)
-            yield self._requests.add(message, client)
-
-    def _admit(self, reply: Message, client: str, number: int) -> Update | str:
-        """The update, or why there is none."""
-        if not reply.has_content():
-            return flower.fault_of(reply)
+    def _can_train(self, client: str) -> bool:
         try:
-            update = flower.update_from(reply.content)
-        except flower.RecordError as error:
-            _log.warning("round %d: %s sent a malformed reply: %s", number, client, error)
-            return "malformed"
-        if update.client != client:
-            return "wrong-client"
-        return update if update.round == number else "wrong-round"
+            self._handing.adapter(client)
+        except RecipeError as error:
+            _log.warning("%s", error)
+            return False
+        return True
+
+    def _messages(self, clients: Sequence[str]) -> Iterator[Message]:
+        for client in clients:
+            task = self._handing.train(client)
+            self._bytes_down += task.nbytes
+            node = self._nodes[client]
+            message = Message(task.content, dst_node_id=node, message_type=flower.TRAIN)
+            yield self._requests.add(message, client)

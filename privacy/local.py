@@ -22,7 +22,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,9 @@ class PrivateSgd:
         self._quiet = warnings.catch_warnings()
         self._quiet.__enter__()
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        for module in self._model.modules():
+            if _sampler(module) is not None:
+                GradSampleHooks.GRAD_SAMPLERS[type(module)] = _sampler(module)
         self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
         return self
 
@@ -216,6 +219,11 @@ class PrivateSgd:
             )
 
 
+def _sampler(module: nn.Module) -> Any:
+    """A layer's own way to gradients per example, in the form of Opacus' grad samplers, if any."""
+    return getattr(type(module), "per_example_gradients", None)
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be trained privately, naming the part and the remedy.
 
@@ -233,10 +241,14 @@ def check_model(model: nn.Module) -> None:
                 f"{name} is a batch normalisation, which mixes the examples of a batch: freeze it "
                 "in evaluation mode without running statistics, or use group normalisation"
             )
-        if own and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+        # A bottleneck as peft makes it reads this weight past the forward of its layer.
+        unseen = type(module) is nn.Linear and ".peanut_A." in f".{name}."
+        known = type(module) in GradSampleHooks.GRAD_SAMPLERS or _sampler(module) is not None
+        if own and (unseen or not known):
             raise MechanismError(
                 f"{name}.{own[0]} is trainable, but there is no gradient per example for "
-                f"{type(module).__name__}: adapt linear layers only (no embeddings, no DoRA)"
+                f"{type(module).__name__}: adapt linear layers only (no embeddings, no DoRA), and "
+                "attach the adapter with clients.model.attach"
             )
         trainable += len(own)
     if not trainable:

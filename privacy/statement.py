@@ -78,9 +78,7 @@ def statement(
         "neighbours": "one example of one client added or removed",
         # JSON has no infinity; without noise there is no number to state.
         "epsilon": worst if math.isfinite(worst) else None,
-        "epsilon_median": epsilons[len(epsilons) // 2]
-        if math.isfinite(worst) and epsilons
-        else None,
+        "epsilon_median": (epsilons or [0.0])[len(epsilons) // 2] if math.isfinite(worst) else None,
         "delta": privacy.delta,
         "budget": privacy.epsilon,
         "clients": len(spent),

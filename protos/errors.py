@@ -4,7 +4,8 @@ The tree (each leaf stands beside the noun that raises it)::
 
     WireError                  protos.errors      a message that is out of bounds or malformed
     ├── AddressInUseError      protos.channel     a port that another process holds
-    └── RecordError            protos.flower      a Flower record that is not what it should be
+    └── RecordError            protos.fields      a Flower record that is not what it should be
+        └── MissingStart       protos.fields      it builds on an adapter that is not here
 """
 
 

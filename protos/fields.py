@@ -18,11 +18,15 @@ class RecordError(WireError):
     """A Flower record that is not what its message type promises; nothing of it is used."""
 
 
-def text(fields: Mapping[str, Any], key: str) -> str:
+class MissingStart(RecordError):  # noqa: N818 - says what is missing
+    """A record that builds on an adapter which the receiver does not have."""
+
+
+def text(fields: Mapping[str, Any], key: str, limit: int = MAX_TEXT) -> str:
     """A text field of bounded length."""
     value = fields.get(key)
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise RecordError(f"field {key!r} must be a text of at most {MAX_TEXT} characters")
+    if not isinstance(value, str) or len(value) > limit:
+        raise RecordError(f"field {key!r} must be a text of at most {limit} characters")
     return value
 
 

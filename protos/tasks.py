@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from aggregation.adapter import Adapter
+from aggregation.adapter import Adapter, FloatArray
 
 
 class ClientFault(StrEnum):
@@ -25,6 +25,7 @@ class ClientFault(StrEnum):
     BUDGET_EXCEEDED = "budget-exceeded"
     TRAINER_UNAVAILABLE = "trainer-unavailable"
     TRAINING_FAILED = "training-failed"
+    MISSING_TENSORS = "missing-tensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,12 @@ class TrainTask:
         data_folder: in a simulation, the folder of :func:`client_data` and :func:`client_ledger`;
             empty on a real device, which knows where its own data and ledger are.
         base: name of the base model, such as ``minilm``.
+        assignment: what to train, send and keep, as ``aggregation.train.Assignment.to_mapping``
+            writes it; empty for training and sending everything.
+        codec: how the update travels back, as ``aggregation.codecs.read_codec`` reads it.
+        beside: frozen adapters that the base carries besides the one that trains.
+        held: digest of the adapter from which the client completed this one, which came without
+            the tensors that the two share; empty if it came whole. Only a client reads it.
     """
 
     run: str
@@ -51,6 +58,10 @@ class TrainTask:
     seed: int = 0
     data_folder: str = ""
     base: str = ""
+    assignment: Mapping[str, Any] = field(default_factory=dict)
+    codec: str = "float32"
+    beside: tuple[Adapter, ...] = ()
+    held: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,10 @@ class EvaluateTask:
     plan: Mapping[str, Any] = field(default_factory=dict)
     data_folder: str = ""
     base: str = ""
+    seed: int = 0
+    assignment: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[Adapter, ...] = ()
+    held: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +99,49 @@ class EvaluateResult:
     loss: float
 
 
-@dataclass(frozen=True)
-class Identity:
-    """A client's stable name: Flower's node ids change from run to run, this doesn't."""
+@dataclass(frozen=True, kw_only=True)
+class SketchTask:
+    """The second pass of a sketched sum (FedASK, 2507.09990): project what was just trained.
+
+    Attributes:
+        run: name of the run.
+        round: number of the round, of whose training the client still has the factors.
+        basis: by module, Q of shape (d_out, width), with orthonormal columns.
+        data_folder: as in :class:`TrainTask`.
+    """
+
+    run: str
+    round: int
+    basis: Mapping[str, FloatArray]
+    data_folder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchReply:
+    """A client's half of the second pass.
+
+    Attributes:
+        client: the client's stable name.
+        round: number of the round.
+        sketches: by module, Z of shape (d_in, width).
+    """
 
     client: str
+    round: int
+    sketches: Mapping[str, FloatArray]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client's stable name: Flower's node ids change from run to run, this doesn't.
+
+    Attributes:
+        client: the name.
+        max_rank: the largest rank that the device can train; 0 if it does not say.
+    """
+
+    client: str
+    max_rank: int = 0
 
 
 def client_name(partition: int) -> str:
@@ -108,3 +161,8 @@ def client_data(data_folder: str, partition: int) -> Path:
 def client_ledger(data_folder: str) -> Path:
     """The ledger that simulated clients share: ``ledger.sqlite`` beside the data folder."""
     return Path(data_folder).parent / "ledger.sqlite"
+
+
+def client_memory(data_folder: str) -> Path:
+    """What simulated clients keep between rounds: ``memory`` beside the data folder."""
+    return Path(data_folder).parent / "memory"

@@ -65,6 +65,8 @@ def simulate(
 
       airpeft simulate scenarios/demo.toml --set privacy.epsilon=3 --seed 2 --out runs/three
 
+      airpeft simulate scenarios/mixed.toml --set "federation.pieces.reduce=krum(liars=1)"
+
     Exit codes: 0 done; 1 failed; 2 the scenario, its data or the folder is not usable;
     3 interrupted, and the same command goes on.
     """
@@ -77,6 +79,9 @@ def simulate(
         loaded = load(scenario, overrides=override or (), seed=seed)
         from simulations.run import simulate as run
 
+        warning = loaded.federation.chosen().warning
+        if warning:
+            typer.echo(f"warning: recipe {loaded.federation.recipe}: {warning}", err=True)
         with _Display() as display:
             result = run(
                 loaded,
@@ -124,26 +129,49 @@ def _table(result: RunResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    private = result.metrics[-1]["epsilon_max"] is not None
+    last = result.metrics[-1]
+    private, personal = last["epsilon_max"] is not None, "personal_accuracy" in last
     table = Table(title=f"run {result.run}", title_justify="left")
-    for name in ("round", "accuracy", "loss", "used", "left out", "error"):
+    columns = ["round", *(["own accuracy"] * personal), "accuracy", "loss", "used", "left out"]
+    for name in (*columns, "error", "up", "down"):
         table.add_column(name, justify="right")
     if private:
         table.add_column("largest ε", justify="right")
     for m in result.metrics:
         cells = [
             str(m["round"] or "start"),
-            f"{100 * m['accuracy']:.1f} %",
+            *([_percent(m.get("personal_accuracy"))] * personal),
+            _percent(m["accuracy"]),
             f"{m['loss']:.4f}",
             *((str(m["used"]), str(len(m["refused"]))) if m["round"] else ("", "")),
-            f"{100 * m['aggregation_error']:.2f} %" if m["round"] else "",
+            *(
+                (
+                    f"{100 * m['aggregation_error']:.2f} %",
+                    _size(m["bytes_up"]),
+                    _size(m["bytes_down"]),
+                )
+                if m["round"]
+                else ("", "", "")
+            ),
         ]
-        table.add_row(*cells, *([f"{m['epsilon_max']:.2f}" if m["round"] else ""] * private))
+        if private:
+            cells.append(f"{m['epsilon_max']:.2f}" if m["round"] else "")
+        table.add_row(*cells)
     console = Console()
     console.print(table)
     console.print(f"adapter  {result.adapter.digest}", soft_wrap=True, highlight=False)
     console.print(f"         {result.adapter_folder}", soft_wrap=True, highlight=False)
     console.print(f"report   {result.report}", soft_wrap=True, highlight=False)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _size(count: int) -> str:
+    from simulations.report import size
+
+    return size(count)
 
 
 class _Display:
@@ -214,6 +242,8 @@ class _Display:
 def _round(m: Any) -> str:
     name = f"round {m['round']:>3}" if m["round"] else "start    "
     parts = [f"{name}  accuracy {100 * m['accuracy']:5.1f} %", f"loss {m['loss']:.4f}"]
+    if "personal_accuracy" in m:
+        parts.insert(1, f"own {100 * m['personal_accuracy']:5.1f} %")
     if m["round"]:
         parts.append(f"{m['used']} of {m['cohort']} clients")
         if m["epsilon_max"] is not None:

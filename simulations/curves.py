@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from federation.personal import ACCURACY
 from simulations.evaluation import CLASS_PREFIX
 
 INK, SOFT, LINE = "#16202c", "#5b6875", "#dfe5ea"
@@ -59,6 +60,16 @@ def _accuracy(panel: Any, rounds: Sequence[int], lines: Sequence[Mapping[str, An
         panel.plot(rounds, values, color=colour, linewidth=1.2, alpha=0.75, label=label)
     values = [100 * line["accuracy"] for line in lines]
     panel.plot(rounds, values, color=COLOURS[0], linewidth=2.2, marker="o", label="all")
+    own = [(line["round"], 100 * line[ACCURACY]) for line in lines if ACCURACY in line]
+    if own:
+        panel.plot(
+            *zip(*own, strict=True),
+            color=INK,
+            linewidth=1.8,
+            marker="s",
+            markersize=4,
+            label="clients' own models",
+        )
     panel.annotate(
         f"{values[-1]:.1f} %",
         (rounds[-1], values[-1]),

@@ -27,7 +27,7 @@ from simulations.events import Event, Prepared, RoundDone
 from simulations.fleet import Fleet, deal
 from simulations.processes import Children, ProcessError
 from simulations.run import simulate
-from simulations.scenario import Scenario
+from simulations.scenario import Scenario, ScenarioError
 from simulations.server_app import RunResult
 from simulations.traffic import Traffic
 
@@ -258,9 +258,15 @@ def run_demo(
 
     Raises:
         ProcessError: a process ended when it should run, or did not do its part in time.
-        SimulationError: the scenario can't be run.
+        SimulationError: the scenario can't be run, or makes no global model.
         KeyboardInterrupt: Ctrl-C; every child has been stopped by then.
     """
+    recipe = options.scenario.federation.chosen()
+    if recipe.train.personal:
+        raise ScenarioError(
+            f"federation.recipe = {recipe.name!r}: there is no global model to release to a fleet; "
+            "choose a recipe that makes one, such as svd-warm-start"
+        )
     if (options.out / "fleet").exists():
         raise folder.RunError(f"{options.out} holds a demo already: choose another folder")
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -11,6 +11,7 @@ from typing import Any
 
 from aggregation import durable, payload, peft_layout
 from aggregation.adapter import Adapter
+from aggregation.beside import residual_adapters, stacked
 from federation.checkpoint import Checkpoints
 from federation.provenance import evaluation
 from federation.registry import Registry
@@ -40,17 +41,20 @@ def register_latest(scenario: Scenario, out: Path) -> Path:
         raise folder.RunError(f"{out} has no checkpoint yet")
     rounds, state = found
     told = server_app.privacy_statement(run, rounds, folder.SIMULATED)
-    return _register(scenario, out, shipped(state.adapter), rounds[-1], told, None)
+    rest = residual_adapters(state) if run.config.chosen().refactor.beside else ()
+    whole = stacked(state.adapter, rest)
+    return _register(scenario, out, shipped(whole), rounds[-1], told, None)
 
 
 def finish(scenario: Scenario, run: RunResult) -> Adapter:
     """Register the trained adapter, and make the run's adapter folder the one that is shipped.
 
-    A payload is bfloat16. What the folder holds afterwards is what devices decode, so that PEFT's
-    own loader gives the logits that they serve.
+    A release is one adapter: what a recipe keeps beside it is stacked in. A payload is bfloat16.
+    What the folder holds afterwards is what devices decode, so that PEFT's own loader gives the
+    logits that they serve.
     """
     rounds = folder.done_rounds(folder.prepare(scenario, run.out))
-    adapter = shipped(run.adapter)
+    adapter = shipped(stacked(run.adapter, run.beside))
     card = (run.adapter_folder / "README.md").read_text("utf-8")
     card = card.replace(run.adapter.digest, adapter.digest)
     source = _register(scenario, run.out, adapter, rounds[-1], run.privacy, card)

@@ -19,8 +19,8 @@ CLASS_PREFIX = "accuracy:"
 
 def by_class(
     trainer: Trainer, heldout: Examples, *, max_length: int
-) -> Callable[[Adapter], Mapping[str, float]]:
-    """A function that measures an adapter.
+) -> Callable[[Adapter, tuple[Adapter, ...]], Mapping[str, float]]:
+    """A function that measures an adapter, with those that belong beside it.
 
     Args:
         trainer: evaluates one set of examples.
@@ -39,11 +39,11 @@ def by_class(
             texts = tuple(heldout.texts[row] for row in rows)
             parts.append((name, Examples(texts, (index,) * len(rows), heldout.label_names)))
 
-    def measure(adapter: Adapter) -> Mapping[str, float]:
+    def measure(adapter: Adapter, beside: tuple[Adapter, ...] = ()) -> Mapping[str, float]:
         right = loss = 0.0
         metrics: dict[str, float] = {}
         for name, examples in parts:
-            one = trainer.evaluate(adapter, examples, max_length=max_length)
+            one = trainer.evaluate(adapter, examples, max_length=max_length, beside=beside)
             metrics[CLASS_PREFIX + name] = one.accuracy
             right += one.accuracy * one.examples
             loss += one.loss * one.examples

@@ -7,7 +7,9 @@
     ledger.sqlite            what each simulated client has spent
     checkpoints/             one folder for each round
     metrics.jsonl            one line for each round
-    adapter/                 the adapter in PEFT's layout, model card, privacy.json
+    memory/                  what each simulated client keeps between rounds
+    adapter/                 the adapter in PEFT's layout, model card, privacy.json, version.json;
+                             in residual/ what the recipe keeps beside it, if anything
     curves.png, report.html
 
 The same command on the same folder goes on with an interrupted run; a folder that holds another
@@ -170,7 +172,11 @@ def prepare(scenario: Scenario, out: Path) -> Run:
             scenario.train.targets,
             tuple(range(max(0, base.layers - scenario.train.layers), base.layers)),
             scenario.train.rslora,
+            method=scenario.train.method,
+            virtual_tokens=scenario.train.virtual_tokens,
+            bottleneck=scenario.train.bottleneck,
         )
+        scenario.federation.chosen().check_spec(spec)
         plan = _plan(scenario)
         privacy = _privacy(scenario)
     except (ClientError, PrivacyError, AggregationError) as error:
@@ -288,6 +294,7 @@ def _config(
         plan=plan.to_mapping(),
         privacy=privacy.to_mapping() if privacy else None,
         recipe=federation.recipe,
+        pieces=federation.pieces,
         sampling=federation.sampling,
         fraction=federation.fraction,
         clients=scenario.partition.clients,
@@ -295,4 +302,9 @@ def _config(
         deadline_seconds=federation.deadline_seconds,
         seed=scenario.seed,
         data_folder=str(data_folder),
+        ranks=scenario.ranks,
+        holdout=scenario.holdout,
+        trusted=scenario.trusted,
+        buffer=federation.buffer,
+        max_staleness=federation.max_staleness,
     )

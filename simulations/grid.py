@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -213,6 +213,22 @@ class LocalGrid(Grid):  # type: ignore[misc]  # flwr is untyped here
         """The replies that are there by now; each is handed out once."""
         ready = [i for i in message_ids if i in self._pushed and self._pushed[i].reply.done()]
         return [self._pushed.pop(i).reply.result() for i in ready]
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Give up on replies that are not there; what waited behind them is not lost.
+
+        Args:
+            message_ids: from :meth:`push_messages`.
+        """
+        for name in message_ids:
+            pending = self._pushed.pop(name, None)
+            if pending is None or pending.reply.done() or pending.reply.cancel():
+                continue
+            self._replace(pending.lane)
+            for other, waiting in list(self._pushed.items()):
+                if waiting.lane == pending.lane and waiting.reply.cancel():
+                    again = self._lanes[waiting.lane].submit(_wire_copy(waiting.request))
+                    self._pushed[other] = replace(waiting, reply=again)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -9,10 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from federation.rounds import Round
+from aggregation.choices import CHOICES
+from federation.provenance import evaluation
+from federation.rounds import Round, RoundsConfig
 from privacy import calibration
 from privacy.budget import LocalPrivacy
 from privacy.events import SgdEvent
+from protos.signed import Lineage
 
 
 def epsilons(rounds: Sequence[Round], privacy: LocalPrivacy | None, upto: int) -> dict[str, float]:
@@ -55,6 +58,10 @@ def line(rounds: Sequence[Round], record: Round, privacy: LocalPrivacy | None) -
         "refused": dict(record.refused),
         "bytes_down": record.bytes_down,
         "bytes_up": record.bytes_up,
+        "bytes_measuring": record.bytes_measuring,
+        "personal": {name: found["accuracy"] for name, found in record.personal.items()},
+        "influence": dict(record.influence),
+        "unchanged": record.unchanged,
         "epsilon_max": max(spent.values(), default=0.0) if privacy else None,
         "epsilon": spent,
         "adapter": record.adapter_out,
@@ -62,8 +69,42 @@ def line(rounds: Sequence[Round], record: Round, privacy: LocalPrivacy | None) -
     }
 
 
+def origin(config: RoundsConfig, run: str, rounds: Sequence[Round]) -> dict[str, Any]:
+    """What ``version.json`` beside the adapter says: where it came from, how good it is.
+
+    Args:
+        config: how the rounds went.
+        run: name of the run.
+        rounds: the records of all rounds.
+    """
+    last, chosen = rounds[-1], config.chosen()
+    lineage = Lineage(parent=last.adapter_in, run=run, round=last.number, recipe=config.recipe)
+    said: dict[str, Any] = {
+        "lineage": lineage.to_custom(),
+        "recipe": {
+            "line": str(chosen),
+            "pieces": {piece: str(getattr(chosen, piece)) for piece in CHOICES},
+        },
+    }
+    if chosen.train.personal:
+        return {**said, "personal": shared_only(config.recipe)}
+    if "accuracy" in last.metrics:
+        accuracy, examples = last.metrics["accuracy"], int(last.metrics["examples"])
+        said["evaluation"] = evaluation("heldout", accuracy, examples).to_custom()
+    return said
+
+
+def shared_only(recipe: str) -> str:
+    """What to say of the adapter of a recipe without a global model."""
+    return (
+        f"recipe {recipe} makes one model for each client, and this adapter is only what they "
+        "share; the rest never leaves the clients. Serve it on the clients, each with its own "
+        "part, or train with a recipe that makes a global model, such as svd-warm-start"
+    )
+
+
 def reproducible(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A line without what differs from run to run."""
+    """A line without what differs from run to run: the time that it took."""
     return {key: value for key, value in entry.items() if key != "seconds"}
 
 

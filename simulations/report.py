@@ -11,11 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aggregation.choices import CHOICES
+from aggregation.showing import meaning
+from federation.personal import ACCURACY
 from federation.rounds import Round
 from privacy.events import SgdEvent
 from privacy.statement import explain
 from simulations import curves
+from simulations.card import kind, ranks, snippet
 from simulations.evaluation import CLASS_PREFIX
+from simulations.records import shared_only
 from simulations.resources import find
 
 if TYPE_CHECKING:
@@ -24,7 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's line in the report; ``accuracy`` is None if a class of it was not held out."""
+    """One client's line in the report.
+
+    ``accuracy`` is None if a class of the client was not held out, ``own`` if it has measured
+    nothing itself.
+    """
 
     name: str
     rows: int
@@ -35,6 +44,8 @@ class ClientRow:
     rate: float
     epsilon: float
     accuracy: float | None
+    rank: int
+    own: float | None
 
 
 def client_rows(run: Run, rounds: Sequence[Round], last: Mapping[str, Any]) -> list[ClientRow]:
@@ -67,97 +78,14 @@ def client_rows(run: Run, rounds: Sequence[Round], last: Mapping[str, Any]) -> l
                 rate=event.sample_rate if event else 0.0,
                 epsilon=last["epsilon"].get(name, 0.0),
                 accuracy=sum(s * a for s, a in parts if a is not None) if known else None,
+                rank=run.config.ranks.get(name, run.scenario.train.rank),
+                own=next(
+                    (r.personal[name]["accuracy"] for r in reversed(rounds) if name in r.personal),
+                    None,
+                ),
             )
         )
     return out
-
-
-def snippet(run: Run, folder: str = "adapter") -> str:
-    """Python that loads the adapter with PEFT's own loader and classifies a text."""
-    labels = ", ".join(json.dumps(name) for name in run.initial.spec.labels)
-    return (
-        "import torch\n"
-        "from peft import PeftModel\n"
-        "from clients.model import build, find_base, tokenizer\n"
-        "\n"
-        f"labels = [{labels}]\n"
-        f"base = find_base({json.dumps(run.base.name)})\n"
-        "model = build(base, len(labels))\n"
-        f"model = PeftModel.from_pretrained(model, {json.dumps(folder)}).eval()\n"
-        'batch = tokenizer(base)(["What a lovely film."], return_tensors="pt", truncation=True,\n'
-        f"                        max_length={run.scenario.train.max_length})\n"
-        "with torch.inference_mode():\n"
-        '    logits = model(batch["input_ids"], batch["attention_mask"])\n'
-        "print(labels[int(logits.argmax())])\n"
-    )
-
-
-def model_card(run: Run, lines: Sequence[Mapping[str, Any]], privacy: Mapping[str, Any]) -> str:
-    """The adapter's README: what it is, how it was trained, what it promises, how to load it.
-
-    Args:
-        run: the run.
-        lines: the lines of ``metrics.jsonl``.
-        privacy: the privacy statement.
-    """
-    first, last, scenario = lines[0], lines[-1], run.scenario
-    rows = [
-        ("base model", f"{run.base.name}, `{run.base.digest}`"),
-        ("adapter", f"LoRA, rank {scenario.train.rank}, alpha {scenario.train.alpha:g}, "
-                    f"{run.initial.spec.size:,} values, `{last['adapter']}`"),
-        ("data", f"{run.summary['source']}, classes {', '.join(run.summary['labels'])}"),
-        ("clients", f"{run.clients}, split: {scenario.partition.scheme}"),
-        ("training", f"{last['round']} rounds, recipe {run.config.recipe}, "
-                     f"seed {scenario.seed}, run `{run.config.run}`"),
-        ("accuracy", f"{100 * last['accuracy']:.1f} % on {last['examples']} held-out texts "
-                     f"({100 * first['accuracy']:.1f} % before training)"),
-    ]  # fmt: skip
-    classes = [
-        f"| {key.removeprefix(CLASS_PREFIX)} | {100 * value:.1f} % |"
-        for key, value in last.items()
-        if key.startswith(CLASS_PREFIX)
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft",
-            f"base_model: {run.base.name}",
-            "pipeline_tag: text-classification",
-            "tags: [lora, federated-learning, differential-privacy]",
-            "---",
-            "",
-            f"# {scenario.name}",
-            "",
-            "A LoRA adapter and classification head, trained by federated learning with AirPEFT.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-            "",
-            "| class | held-out accuracy |",
-            "|---|---|",
-            *classes,
-            "",
-            "## Load it",
-            "",
-            "```python",
-            snippet(run, folder="path/to/this/folder").rstrip(),
-            "```",
-            "",
-            "## Privacy",
-            "",
-            explain(privacy).replace("\n", "\n\n"),
-            "",
-            "`privacy.json` says the same for machines.",
-            "",
-            "## Limits",
-            "",
-            "Trained in a simulation: the clients are shares of one public data set. The adapter "
-            f"reads the first {scenario.train.max_length} tokens of an English text, and works on "
-            "the very base whose digest is above and on no other.",
-            "",
-        ]
-    )
 
 
 def page(
@@ -167,6 +95,7 @@ def page(
     privacy: Mapping[str, Any],
     picture: bytes,
     fleet: Mapping[str, Any] | None = None,
+    residuals: int = 0,
 ) -> str:
     """The report as one HTML file.
 
@@ -177,6 +106,7 @@ def page(
         privacy: the privacy statement.
         picture: the curves, a PNG.
         fleet: what happened to a fleet of devices, if there was one (``simulations.demo``).
+        residuals: how many frozen adapters lie beside the trained one.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -192,15 +122,22 @@ def page(
         labels=run.summary["labels"],
         clients=clients,
         anybody_refused=any(client.refused for client in clients),
-        adapter_bytes=run.initial.nbytes,
+        personal=ACCURACY in lines[-1],
+        mixed=len(set(run.config.ranks.values())) > 1,
+        kind=kind(run),
+        ranks=ranks(run),
+        up=_each(lines[-1]["bytes_up"], lines[-1]["used"]),
+        down=_each(lines[-1]["bytes_down"], lines[-1]["cohort"]),
+        recipe=_recipe(run),
+        residuals=residuals,
         curves=base64.b64encode(picture).decode(),
         privacy_text=explain(privacy).splitlines(),
         privacy_json=json.dumps(privacy, indent=1, sort_keys=True),
-        snippet=snippet(run),
+        snippet=snippet(run, residuals=residuals),
         toml=run.scenario.to_toml(),
         fleet=fleet,
         percent=lambda value: "–" if value is None else f"{100 * value:.1f} %",
-        size=_size,
+        size=size,
     )
 
 
@@ -209,7 +146,27 @@ def draw_curves(run: Run, lines: Sequence[Mapping[str, Any]]) -> bytes:
     return curves.draw(lines, run.privacy.epsilon if run.privacy else None)
 
 
-def _size(count: int) -> str:
+def _recipe(run: Run) -> dict[str, Any]:
+    """The recipe as the report shows it: its line, its pieces, and what to know of it."""
+    chosen = run.config.chosen()
+    return {
+        "line": str(chosen),
+        "reference": chosen.reference,
+        "warning": chosen.warning,
+        "shared_only": shared_only(run.config.recipe) if chosen.train.personal else "",
+        "pieces": [
+            (piece, str(getattr(chosen, piece)), meaning(getattr(chosen, piece)))
+            for piece in CHOICES
+        ],
+    }
+
+
+def _each(total: int, clients: int) -> int:
+    return int(total) // max(int(clients), 1)
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
     value, units = float(count), ["B", "kB", "MB", "GB"]
     while value >= 1000 and len(units) > 1:
         value /= 1000

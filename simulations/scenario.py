@@ -19,174 +19,36 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from aggregation.errors import RecipeError
-from aggregation.recipes import RECIPES
+from aggregation.choices import CHOICES
+from federation.recipe_checks import RoundsError, check_recipe
+from protos.tasks import client_name
 from simulations.errors import SimulationError
+from simulations.settings import (
+    OF_METHODS,
+    Base,
+    Data,
+    Federation,
+    Partition,
+    Privacy,
+    Section,
+    Train,
+)
 
-Text = Annotated[str, Field(min_length=1, max_length=200)]
-Names = Annotated[tuple[Text, ...], Field(strict=False)]
+# A key on the command line takes the place of the other one in the file: both at once contradict.
+_RIVALS = {"train.ranks": "train.rank", "train.rank": "train.ranks"}
+PIECES = "federation.pieces"
+OWN_HOLDOUT = 0.2  # of each client's rows, where nothing but the clients can be measured
 
 
 class ScenarioError(SimulationError):
     """A scenario that says nonsense: names the file, the key, what was given, what is allowed."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Base(_Section):
-    """The frozen model.
-
-    Attributes:
-        name: a known base such as ``minilm``, a folder, or a model in the local cache.
-    """
-
-    name: Text = "minilm"
-
-
-class Data(_Section):
-    """The rows.
-
-    Attributes:
-        dataset: name of a shipped data set; not used if there is a path.
-        path: the user's own file; relative to the scenario's folder.
-        text: column with the text.
-        label: column with the class.
-        labels: names of the classes, in order; empty to take them from the file.
-        rows: use only so many rows; 0 for all.
-        heldout: share of the rows kept out for measuring.
-    """
-
-    dataset: Text = "sentiment"
-    path: str = ""
-    text: Text = "text"
-    label: Text = "label"
-    labels: Names = ()
-    rows: Annotated[int, Field(ge=0)] = 0
-    heldout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-
-
-class Partition(_Section):
-    """Who has which rows; see :mod:`simulations.partition`."""
-
-    scheme: Literal["iid", "dirichlet", "pathological", "natural", "size-skewed"] = "dirichlet"
-    clients: Annotated[int, Field(ge=1, le=100_000)] = 20
-    min_examples: Annotated[int, Field(ge=1)] = 20
-    alpha: Annotated[float, Field(gt=0, le=1e6)] = 0.5
-    classes: Annotated[int, Field(ge=1, le=1000)] = 1
-    exponent: Annotated[float, Field(ge=0, le=10)] = 1.0
-    column: str = ""
-
-    @model_validator(mode="after")
-    def _natural_needs_a_column(self) -> Self:
-        if (self.scheme == "natural") != bool(self.column):
-            raise ValueError("column is needed by scheme 'natural', and by no other")
-        return self
-
-
-class Train(_Section):
-    """The adapter, and how each client trains it in one round.
-
-    Attributes:
-        rank: LoRA rank.
-        alpha: LoRA alpha.
-        layers: how many of the uppermost layers are adapted.
-        targets: which projections.
-        rslora: scale by sqrt(rank).
-        epochs: passes over the client's rows in one round; may be a fraction.
-        steps: steps in one round, instead of ``epochs``.
-        batch_size: rows in a step; with privacy, the expected number (Poisson). 32 if neither
-            this nor ``sample_rate`` is given.
-        sample_rate: share of the client's rows in a step, instead of ``batch_size``: the same
-            budget then means the same noise for every client.
-        learning_rate: of the low-rank factors; the optimiser starts anew in every round.
-        head_learning_rate: of the classifier's head; ``learning_rate`` if it is not given.
-        optimizer: ``adamw`` or ``sgd``.
-        max_length: tokens of a text that are read.
-    """
-
-    rank: Annotated[int, Field(ge=1, le=256)] = 8
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
-    layers: Annotated[int, Field(ge=1, le=64)] = 2
-    targets: Annotated[Names, Field(min_length=1)] = ("query", "value")
-    rslora: bool = False
-    epochs: Annotated[float, Field(gt=0, le=100)] = 1.0
-    steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
-    sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
-    head_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    max_length: Annotated[int, Field(ge=4, le=512)] = 32
-
-    @model_validator(mode="after")
-    def _one_batch_size(self) -> Self:
-        if self.batch_size is not None and self.sample_rate is not None:
-            raise ValueError("give batch_size or sample_rate, not both")
-        return self
-
-
-class Privacy(_Section):
-    """Differential privacy of single examples, spent on the client (DP-SGD).
-
-    Attributes:
-        epsilon: budget of each client over the whole run; the noise is calibrated to it.
-        noise_multiplier: the noise itself, if no budget is given.
-        delta: of the guarantee; should be below one over the largest client's rows.
-        max_grad_norm: clipping norm of one example's gradient.
-        accountant: how epsilon is computed: ``rdp`` (a safe bound) or ``pld`` (tight and slow).
-    """
-
-    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
-    noise_multiplier: Annotated[float, Field(gt=0, le=1000)] | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    accountant: Literal["rdp", "pld"] = "rdp"
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give either epsilon or noise_multiplier")
-        return self
-
-
-class Federation(_Section):
-    """How rounds are run.
-
-    Attributes:
-        rounds: how many.
-        recipe: how updates become the next adapter.
-        sampling: ``fixed`` draws the same number of clients each round, ``poisson`` flips a coin
-            for each client.
-        fraction: share of the clients that is drawn.
-        min_updates: a round with fewer usable updates changes nothing.
-        deadline_seconds: clients that are later are left out of the round.
-    """
-
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
-    recipe: Text = "svd-warm-start"
-    sampling: Literal["fixed", "poisson"] = "fixed"
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_updates: Annotated[int, Field(ge=1)] = 1
-    deadline_seconds: Annotated[float, Field(gt=0, le=7 * 86400)] = 600.0
-
-    @model_validator(mode="after")
-    def _known_recipe(self) -> Self:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe {self.recipe!r} is not one of {', '.join(RECIPES)}")
-        try:
-            RECIPES[self.recipe].check_rounds()
-        except RecipeError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-
-class Scenario(_Section):
+class Scenario(Section):
     """Everything that decides the numbers of a run, and nothing else."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -207,6 +69,57 @@ class Scenario(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _recipe_that_fits(self) -> Self:
+        federation, clients = self.federation, self.partition.clients
+        number = federation.trusted
+        if isinstance(number, int) and number >= clients:
+            raise ValueError(
+                f"federation.trusted = {number}: the clients are numbered 0 to {clients - 1}"
+            )
+        if isinstance(number, str) and number not in map(client_name, range(clients)):
+            raise ValueError(
+                f"federation.trusted = {number!r} is no client: give a number, 0 to {clients - 1}"
+            )
+        try:
+            check_recipe(
+                federation.chosen(),
+                clients=clients,
+                fraction=federation.fraction,
+                sampling=federation.sampling,
+                trusted=self.trusted,
+                mixed_ranks=len(set(self.train.ranks)) > 1,
+                buffer=federation.buffer,
+                max_staleness=federation.max_staleness,
+                private=self.privacy is not None,
+                min_updates=federation.min_updates,
+                holdout=self.holdout,
+            )
+        except RoundsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def trusted(self) -> str:
+        """Name of the trusted client; empty for none."""
+        given = self.federation.trusted
+        return client_name(given) if isinstance(given, int) else (given or "")
+
+    @property
+    def holdout(self) -> float:
+        """Share of each client's own rows that only measure."""
+        if self.train.holdout is not None:
+            return self.train.holdout
+        return OWN_HOLDOUT if self.federation.chosen().train.personal else 0.0
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every client by name; empty if all have the global one."""
+        ranks = self.train.ranks
+        return {
+            client_name(i): ranks[i % len(ranks)] for i in range(self.partition.clients) if ranks
+        }
+
     @property
     def digest(self) -> str:
         """Hex SHA-256 over every value: equal digests, equal results.
@@ -217,6 +130,10 @@ class Scenario(_Section):
         document = self.model_dump(mode="json")
         document["data"]["path"] = Path(self.data.path).name
         document["base"]["name"] = Path(self.base.name).name
+        for section, values in (("train", self.train), ("federation", self.federation)):
+            for key in values.later:  # what is not used must not change the names of old runs
+                if key not in values.used:
+                    del document[section][key]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -226,14 +143,7 @@ class Scenario(_Section):
 
     def to_toml(self) -> str:
         """The scenario with every default written out; :func:`load` reads it back."""
-        top, sections = [], []
-        for key, value in self.model_dump(mode="json").items():
-            if isinstance(value, dict):
-                lines = [f"{k} = {_toml(v)}" for k, v in value.items() if v is not None]
-                sections.append("\n".join([f"\n[{key}]", *lines]))
-            elif value is not None:
-                top.append(f"{key} = {_toml(value)}")
-        return "\n".join([*top, *sections]) + "\n"
+        return "\n".join(_table("", self.model_dump(mode="json"))).lstrip("\n") + "\n"
 
 
 def load(path: Path, *, overrides: Sequence[str] = (), seed: int | None = None) -> Scenario:
@@ -277,11 +187,17 @@ def parse(
     origin = {}
     for override in overrides:
         key, value = _override(override)
-        section, _, leaf = key.rpartition(".")
-        target = merged.setdefault(section, {}) if section else merged
-        if not isinstance(target, dict):
-            raise ScenarioError(f"--set {override}: {section} is not a section")
+        *sections, leaf = key.split(".")
+        target = merged
+        for depth, section in enumerate(sections):
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                where = ".".join(sections[: depth + 1])
+                raise ScenarioError(f"--set {override}: {where} is not a section")
         target[leaf] = value
+        for rival in _rivals(key, value):
+            if not any(other.partition("=")[0].strip() == rival for other in overrides):
+                target.pop(rival.rpartition(".")[2], None)
         origin[key] = "--set "
     if seed is not None:
         merged["seed"] = seed
@@ -294,18 +210,26 @@ def parse(
         ) from None
 
 
+def _rivals(key: str, value: Any) -> list[str]:
+    """Keys of the file that an override makes void: both at once would contradict each other."""
+    if key == "train.method":
+        return [f"train.{leaf}" for leaf, methods in OF_METHODS.items() if value not in methods]
+    return [_RIVALS[key]] if key in _RIVALS else []
+
+
 def keys() -> list[str]:
     """Every key that a scenario may have, with its section."""
     found = []
     for name, info in Scenario.model_fields.items():
         section = next((s for s in _sections(info.annotation)), None)
         found += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
-    return found
+    at = found.index(PIECES)
+    return [*found[:at], *(f"{PIECES}.{piece}" for piece in CHOICES), *found[at + 1 :]]
 
 
-def _sections(annotation: Any) -> list[type[_Section]]:
+def _sections(annotation: Any) -> list[type[Section]]:
     kinds = getattr(annotation, "__args__", (annotation,))
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, _Section)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -313,7 +237,7 @@ def _override(text: str) -> tuple[str, Any]:
     key, value = key.strip(), value.strip()
     if not equals or not key:
         raise ScenarioError(f"--set {text}: not of the form section.key=value")
-    if key.count(".") > 1:
+    if key.count(".") > 1 and not (key.startswith(PIECES + ".") and key.count(".") == 2):
         raise ScenarioError(f"--set {text}: unknown key; allowed: {', '.join(keys())}")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
@@ -322,7 +246,8 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _explain(item: dict[str, Any], source: str, origin: Mapping[str, str]) -> str:
-    key = ".".join(str(part) for part in item["loc"][:2])
+    loc = [str(part) for part in item["loc"]]
+    key = ".".join(loc[: 3 if ".".join(loc[:2]) == PIECES else 2])
     where = origin.get(key) or f"{source}: "
     given = item.get("input")
     if item["type"] == "extra_forbidden":
@@ -333,10 +258,23 @@ def _explain(item: dict[str, Any], source: str, origin: Mapping[str, str]) -> st
         return f"{where}{key} = {_toml(given)}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if item["type"] == "value_error":
-        return f"{where}{key + ': ' if key else ''}{message}"
+        named = not key or message.startswith(key + ".")  # the message names its key itself
+        return f"{where}{message if named else f'{key}: {message}'}"
     if item["type"] == "missing":
         return f"{where}{key}: missing; it must be given"
     return f"{where}{key} = {_toml(given)}: {message[0].lower()}{message[1:]}"
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    """Lines of a section; those of its own sections come after its values."""
+    lines = [f"\n[{name}]"] if name else []
+    inner: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            inner += _table(f"{name}.{key}" if name else key, value) if value else []
+        elif value is not None:
+            lines.append(f"{key} = {_toml(value)}")
+    return lines + inner
 
 
 def _toml(value: Any) -> str:

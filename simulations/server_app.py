@@ -16,16 +16,17 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from aggregation import durable, peft_layout
+from aggregation import beside, durable, peft_layout
 from aggregation.adapter import Adapter
 from clients.trainer import Trainer
 from federation import cohort
+from federation.provenance import VERSION_FILE
 from federation.rounds import Round
 from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
 from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
-from simulations import evaluation, folder, records, report
+from simulations import card, evaluation, folder, records, report
 from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
 from simulations.folder import Run
 from simulations.scenario import Scenario, load
@@ -46,6 +47,7 @@ class RunResult:
         out: the run folder.
         adapter: the adapter.
         adapter_folder: the adapter in PEFT's layout.
+        beside: frozen adapters that belong to it, in ``residual/`` of that folder.
         metrics: the lines of ``metrics.jsonl``.
         privacy: the privacy statement.
         report: the report.
@@ -58,6 +60,7 @@ class RunResult:
     metrics: tuple[dict[str, Any], ...]
     privacy: dict[str, Any]
     report: Path
+    beside: tuple[Adapter, ...] = ()
 
 
 def serve(grid: Grid, run: Run, trainer: Trainer, randomness: str, progress: Progress) -> RunResult:
@@ -115,16 +118,22 @@ def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progres
     lines = [records.line(result.rounds, r, run.privacy) for r in result.rounds]
     told = privacy_statement(run, result.rounds, randomness)
     picture = report.draw_curves(run, lines)
+    origin = records.origin(run.config, run.scenario.run, result.rounds)
+    extra = {
+        FILE: json.dumps(told, indent=1, sort_keys=True).encode(),
+        VERSION_FILE: json.dumps(origin, indent=1, sort_keys=True).encode(),
+        **beside.files(result.beside, run.base.name),
+    }
     peft_layout.write(
         run.out / folder.ADAPTER,
         result.adapter,
         base_name=run.base.name,
-        card=report.model_card(run, lines, told),
-        extra={FILE: json.dumps(told, indent=1, sort_keys=True).encode()},
+        card=card.model_card(run, lines, told, residuals=len(result.beside)),
+        extra=extra,
     )
     durable.write_bytes(run.out / folder.METRICS, records.jsonl(lines))
     durable.write_bytes(run.out / folder.CURVES, picture)
-    page = report.page(run, lines, result.rounds, told, picture)
+    page = report.page(run, lines, result.rounds, told, picture, residuals=len(result.beside))
     durable.write_bytes(run.out / folder.REPORT, page.encode())
     progress(Finished(result.adapter.digest, run.out / folder.ADAPTER, run.out / folder.REPORT))
     return RunResult(
@@ -135,6 +144,7 @@ def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progres
         metrics=tuple(lines),
         privacy=told,
         report=run.out / folder.REPORT,
+        beside=result.beside,
     )
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from clients.data import DataSource, Examples
     from clients.faults import JobFailure
     from clients.trainer import Evaluation
-    from clients.training import ClientJob
+    from clients.training import ClientJob, Owner
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 5.0
@@ -128,11 +128,19 @@ class WorkerTrainer:
         return self._client.train(jobs)
 
     def evaluate(
-        self, adapter: Adapter, data: Examples | DataSource, *, max_length: int = 32
+        self,
+        adapter: Adapter,
+        data: Examples | DataSource,
+        *,
+        max_length: int = 32,
+        beside: Sequence[Adapter] = (),
+        owner: Owner | None = None,
     ) -> Evaluation:
         """Measure an adapter there."""
         self._worker.ensure()
-        return self._client.evaluate(adapter, data, max_length=max_length)
+        return self._client.evaluate(
+            adapter, data, max_length=max_length, beside=beside, owner=owner
+        )
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
+from aggregation.core_basis import basis
+from aggregation.recipe import Recipe
 from aggregation.spec import AdapterSpec, ModuleSpec, Orientation, TensorSpec
 from aggregation.update import Update
 
@@ -62,6 +64,22 @@ def moved(start: Adapter, seed: int, size: float = 0.1) -> Adapter:
     """What a client might send back."""
     step = random_adapter(start.spec, seed, size)
     return Adapter(start.spec, {k: v + step.tensors[k] for k, v in start})
+
+
+def honest(chosen: Recipe, start: Adapter, seed: int, size: float = 0.1, number: int = 1) -> Adapter:
+    """What a client sends back that does what the recipe asks: what is frozen is as it was."""
+    task = chosen.train.assignment(number)
+    tensors = dict(moved(start, seed, size).tensors)
+    for module in start.spec.modules:
+        key_a, key_b = module.keys
+        if task.sends == "core":
+            left, _ = basis(start.spec, task.seed)[module.name]
+            tensors[key_b] = (left @ (left.T @ tensors[key_b])).astype(np.float32)
+        frozen = {"B": [key_a], "core": [key_a], "A": [key_b]}.get(task.sends, [])
+        tensors |= {key: start.tensors[key] for key in frozen}
+    if task.keeps == "B":
+        tensors |= {tensor.key: start.tensors[tensor.key] for tensor in start.spec.others}
+    return Adapter(start.spec, tensors)
 
 
 def update(client: str, start: Adapter, trained: Adapter, weight: float = 1.0) -> Update:

@@ -258,14 +258,3 @@ def test_unsound_products_of_the_further_pieces_cannot_be_built() -> None:
     for energy in (0.0, 1.5, float("nan")):
         with pytest.raises(RecipeError, match="energy="):
             Svd(energy=energy)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_only_recipes_whose_clients_need_the_adapter_alone_run_in_rounds(name: str) -> None:
-    if name in BESIDE:
-        with pytest.raises(RecipeError, match="choose svd-warm-start"):
-            recipe(name).check_rounds()
-        assert not recipe(name).describe()["in_rounds"]
-    else:
-        recipe(name).check_rounds()
-        assert recipe(name).describe()["in_rounds"]

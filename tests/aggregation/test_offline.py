@@ -67,13 +67,17 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any]]] = {
 }
 
 
-def save(case: str, folder: Path, seed: int, **settings: Any) -> PeftModel:
+def save(case: str, folder: Path, seed: int, *, one_a: bool = False, **settings: Any) -> PeftModel:
     make, targets = CASES[case]
     model = get_peft_model(make(), LoraConfig(**targets, **settings)).eval()
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.named_parameters():
+        if one_a and ("lora_A" in name or "embedding_A" in name):
+            with torch.no_grad():
+                parameter.copy_(torch.cos(torch.arange(parameter.numel())).view_as(parameter))
     model.save_pretrained(folder, save_embedding_layers=False)
     return model
 
@@ -106,6 +110,7 @@ def whole(case: str, out: Path) -> dict[str, np.ndarray]:
     [
         (name, mixed)
         for name, told in ((name, recipe.describe()) for name, recipe in RECIPES.items())
+        if RECIPES[name].train.assignment(1).sends == "both"  # the others need a factor in common
         for mixed in (False, True)
         if told["exact"] and (told["mixed_ranks"] or not mixed)
     ],
@@ -118,7 +123,10 @@ def test_the_result_and_its_residual_are_the_exact_mean_by_peft_s_arithmetic(
     head = 0.0
     ranks = ((2, 8, False), (4, 5, True), (3, 16, False)) if mixed else ((2, 8, True),) * 3
     for k, (rank, alpha, rslora) in enumerate(ranks):
-        model = save(case, tmp_path / f"c{k}", k, r=rank, lora_alpha=alpha, use_rslora=rslora)
+        frozen = RECIPES[recipe].train.assignment(1).trains == "B"
+        model = save(
+            case, tmp_path / f"c{k}", k, one_a=frozen, r=rank, lora_alpha=alpha, use_rslora=rslora
+        )
         share = WEIGHTS[k] / sum(WEIGHTS)
         for name, matrix in deltas(model).items():
             expected[name] = expected.get(name, 0.0) + share * matrix
@@ -362,12 +370,31 @@ def test_plain_folders_are_told_apart_by_the_name_of_their_base(tmp_path: Path) 
 def test_recipes_are_listed_with_their_properties() -> None:
     table = command("recipes")
     assert table.exit_code == 0
+    assert max(map(len, table.stdout.splitlines())) <= 100
     data = json.loads(command("recipes", "--format", "json").stdout)
     assert data["schema"] == "airpeft.v1.recipes"
     assert [row["name"] for row in data["data"]] == list(RECIPES)
     for row in data["data"]:
         assert row["name"] in table.stdout
-        for key in ("exact", "mixed_ranks", "secure_sum", "in_rounds"):
+        for key in ("exact", "mixed_ranks", "secure_sum", "dp_friendly", "personal"):
             assert isinstance(row[key], bool)
         for key in ("trains", "up", "down", "reference"):
             assert row[key]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_recipe_is_shown_with_its_pieces_and_what_each_means(name: str) -> None:
+    shown = command("recipes", name)
+    assert shown.exit_code == 0
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+    data = json.loads(command("recipes", name, "--format", "json").stdout)["data"]
+    assert data["reference"].split()[0] in shown.stdout
+    for piece, detail in data["details"].items():
+        assert detail["choice"] == str(getattr(RECIPES[name], piece))
+        assert detail["choice"] in shown.stdout
+        assert detail["means"]
+        for setting in detail["settings"].values():
+            assert setting["means"], (piece, detail)  # every setting says what it is
+    unknown = command("recipes", "fedlt")
+    assert unknown.exit_code == 2
+    assert "did you mean 'fedit'" in unknown.stderr

@@ -231,7 +231,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 PLAIN: dict[str, tuple[Callable[[Path], None], str]] = {
     "dora": (edited(use_dora=True), "use_dora"),
-    "bias": (edited(bias="all"), "bias"),
+    "bias": (edited(bias="some"), "bias=.some. is not one of"),
     "pissa": (edited(init_lora_weights="pissa"), "init_lora_weights"),
     "regular expression": (edited(alpha_pattern={"(a+)+$": 2}), "regular expression"),
     "alpha is text": (edited(lora_alpha="8"), "expected a number"),

@@ -1,69 +1,132 @@
-"""The geometric median: where it is, that liars do not move it, that a gauge plays no part."""
+"""Rules that weigh whole updates: what the papers say, and that neither liars nor gauges help."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation.adapter import Adapter
+from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
-from aggregation.robust import GeometricMedian
+from aggregation.robust import GeometricMedian, NormClip
+from aggregation.robust_rules import Krum, MultiKrum, bulyan_choice, krum_order
 from aggregation.state import GlobalState, initial_state
-from aggregation.update import Update
+from aggregation.update import Update, UpdateError, UpdateReason
 from tests.aggregation.adapters import (
     FEW,
     moved,
     plain_spec,
-    products,
     random_adapter,
     relative,
     update,
 )
+from tests.aggregation.robust_cases import (
+    TRUSTED,
+    attack,
+    liars_share,
+    point,
+    run,
+    vector,
+)
 
 SEEDS = st.integers(0, 10_000)
+IN_PRODUCT_SPACE = ["krum", "multi-krum", "rfa", "fltrust", "norm-clip"]
 
 
-def run(name: str, state: GlobalState, updates: list[Update]) -> GlobalState:
-    reduction = recipe(name).begin(state)
-    for one in updates:
-        reduction.add(one)
-    return reduction.finish()[0]
+def mixed_round(seed: int, ranks: list[int]) -> tuple[GlobalState, list[Update], np.ndarray]:
+    """Clients of several ranks, scales and weights; their changes as dense rows."""
+    rng = np.random.default_rng(seed)
+    state = initial_state(random_adapter(plain_spec(), seed))
+    updates, points = [], []
+    for k, rank in enumerate(ranks):
+        start = recipe("rfa").hand_out(state, plain_spec().with_ranks(rank))
+        trained = moved(start, seed + 1 + k, float(rng.uniform(0.05, 0.3)))
+        updates.append(update(f"c{k}", start, trained, float(rng.uniform(0.1, 5))))
+        points.append(point(start, trained))
+    return state, updates, np.array(points)
 
 
-def vector(state: GlobalState) -> np.ndarray:
-    spec = state.adapter.spec
-    parts = [state.exact(m.name).dense().ravel() for m in spec.modules]
-    return np.concatenate([*parts, *(state.adapter.tensors[t.key].ravel() for t in spec.others)])
+def scores(points: np.ndarray, liars: int) -> np.ndarray:
+    """Krum's, straight from section 4 of the paper."""
+    found = []
+    for one in points:
+        apart = sorted(float(np.sum((one - other) ** 2)) for other in points)
+        found.append(sum(apart[1 : len(points) - liars - 1]))
+    return np.array(found)
+
+
+RANKS = st.lists(st.integers(1, 6), min_size=7, max_size=9)
 
 
 @FEW
-@given(st.lists(st.floats(0.1, 5), min_size=3, max_size=7), SEEDS)
-def test_no_direction_lessens_the_sum_of_distances(weights: list[float], seed: int) -> None:
-    """The definition, in dense vectors: the weighted sum of distances is least."""
-    state = initial_state(random_adapter(plain_spec(), seed))
-    specs = [plain_spec().with_ranks(1 + k % 6) for k in range(len(weights))]
-    starts = [recipe("rfa").hand_out(state, spec) for spec in specs]
-    trained = [moved(start, seed + k) for k, start in enumerate(starts)]
-    updates = [
-        update(f"c{k}", start, t, w)
-        for k, (start, t, w) in enumerate(zip(starts, trained, weights, strict=True))
-    ]
-    found = vector(run("rfa", state, updates)) - vector(state)
-    points = []
-    for start, after in zip(starts, trained, strict=True):
-        parts = [(products(after)[n] - products(start)[n]).ravel() for n in products(start)]
-        heads = [after.tensors[t.key] - start.tensors[t.key] for t in start.spec.others]
-        points.append(np.concatenate([*parts, *(h.ravel() for h in heads)]))
-    share = np.array(weights) / sum(weights)
+@given(SEEDS, RANKS, st.integers(1, 2))
+def test_krum_and_multi_krum_against_their_definition(
+    seed: int, ranks: list[int], liars: int
+) -> None:
+    state, updates, points = mixed_round(seed, ranks)
+    order = np.argsort(scores(points, liars))
+    one, report = run(Recipe("k", reduce=Krum(liars)), state, updates)
+    assert relative(one, points[order[0]]) < 1e-5
+    assert report.influence == {u.client: float(k == order[0]) for k, u in enumerate(updates)}
+    for chosen in (0, 3):
+        count = chosen or len(ranks) - liars
+        many, _ = run(Recipe("m", reduce=MultiKrum(liars, chosen)), state, updates)
+        assert relative(many, points[order[:count]].mean(axis=0)) < 1e-5
 
-    def cost(point: np.ndarray) -> float:
-        return float(sum(p * np.linalg.norm(x - point) for p, x in zip(share, points, strict=True)))
 
-    size = np.sqrt(np.mean([x @ x for x in points]))
+@FEW
+@given(SEEDS, RANKS)
+def test_fltrust_against_its_definition(seed: int, ranks: list[int]) -> None:
+    state, updates, points = mixed_round(seed, ranks)
+    updates[-1] = replace(updates[-1], client=TRUSTED)
+    root, others = points[-1], points[:-1]
+    lengths = np.linalg.norm(others, axis=1)
+    trust = np.maximum(0.0, others @ root / (lengths * np.linalg.norm(root)))
+    expected = sum(
+        t * np.linalg.norm(root) / n * x for t, n, x in zip(trust, lengths, others, strict=True)
+    )
+    found, report = run(recipe("fltrust"), state, updates)
+    total = trust.sum() or 1.0  # nobody agrees, nothing moves
+    rounding = 1e-6 * np.linalg.norm(vector(state))  # of factors in float32
+    goal = np.asarray(expected) / total
+    assert np.linalg.norm(found - goal) < 1e-5 * np.linalg.norm(goal) + rounding
+    assert report.influence[TRUSTED] == 0.0
+    assert np.allclose([report.influence[u.client] for u in updates[:-1]], trust / total)
+
+
+@FEW
+@given(SEEDS, RANKS, st.sampled_from([0.0, 0.5, 2.0, 1e9]))
+def test_norm_clip_against_its_definition(seed: int, ranks: list[int], norm: float) -> None:
+    """Kept until the end for the median norm, added up as they come for a fixed one."""
+    state, updates, points = mixed_round(seed, ranks)
+    lengths = np.linalg.norm(points, axis=1)
+    limit = norm or np.median(lengths)
+    share = np.array([u.weight for u in updates]) / sum(u.weight for u in updates)
+    kept = share * np.minimum(1.0, limit / lengths)
+    found, report = run(Recipe("n", reduce=NormClip(norm)), state, updates)
+    rounding = 1e-6 * np.linalg.norm(vector(state))  # of factors in float32
+    assert np.linalg.norm(found - kept @ points) < 1e-5 * np.linalg.norm(kept @ points) + rounding
+    assert np.allclose(list(report.influence.values()), kept, rtol=1e-6)
+
+
+@FEW
+@given(SEEDS, st.lists(st.integers(1, 6), min_size=3, max_size=7))
+def test_no_direction_lessens_the_sum_of_distances(seed: int, ranks: list[int]) -> None:
+    """The definition of the geometric median."""
+    state, updates, points = mixed_round(seed, ranks)
+    found, report = run(recipe("rfa"), state, updates)
+    share = np.array([u.weight for u in updates]) / sum(u.weight for u in updates)
+    assert relative(np.array(list(report.influence.values())) @ points, found) < 1e-5
+
+    def cost(where: np.ndarray) -> float:
+        return float(share @ np.linalg.norm(points - where, axis=1))
+
+    size = np.sqrt(np.mean(np.sum(points**2, axis=1)))
     rng = np.random.default_rng(seed)
-    towards = [x - found for x in points] + [rng.standard_normal(len(found)) for _ in range(5)]
-    for direction in towards:
+    for direction in [*(points - found), *rng.standard_normal((5, len(found)))]:
         length = np.linalg.norm(direction)
         if length:
             for step in (0.01, 0.1):
@@ -71,47 +134,149 @@ def test_no_direction_lessens_the_sum_of_distances(weights: list[float], seed: i
                 assert there > cost(found) * (1 - 1e-4)
 
 
-@FEW
-@given(SEEDS)
-def test_liars_below_half_hardly_count_and_no_gauge_helps_them(seed: int) -> None:
-    """Three of ten send the opposite, tenfold; the honest have turned their factors at random."""
-    rng = np.random.default_rng(seed)
-    spec = plain_spec()
-    state = initial_state(random_adapter(spec, seed))
-    goal = moved(state.adapter, seed, 0.3)
-
-    def turned(adapter: Adapter) -> Adapter:
-        tensors = dict(adapter.tensors)
-        for m in spec.modules:
-            turn = np.linalg.qr(rng.standard_normal((m.rank, m.rank)))[0]
-            key_a, key_b = m.keys
-            tensors[key_b], tensors[key_a] = tensors[key_b] @ turn, turn.T @ tensors[key_a]
-        return Adapter(spec, tensors)
-
-    honest = [moved(goal, seed + k + 1, 0.02) for k in range(7)]
-    opposite = {
-        k: 10 * state.adapter.tensors[k] - 10 * (v - state.adapter.tensors[k]) for k, v in goal
-    }
-    liars = [moved(Adapter(spec, opposite), seed + k, 1e-3) for k in range(3)]
-    plain = [update(f"c{k}", state.adapter, t) for k, t in enumerate(honest + liars)]
-    other = [update(f"c{k}", state.adapter, turned(t)) for k, t in enumerate(honest + liars)]
-    truth = vector(run("svd-warm-start", state, plain[:7]))
-    robust, again = vector(run("rfa", state, plain)), vector(run("rfa", state, other))
-    assert relative(again, robust) < 1e-5
-    assert relative(robust, truth) < 0.1
-    assert relative(vector(run("svd-warm-start", state, plain)), truth) > 1.0  # the control
+def test_colluders_are_not_chosen_whatever_the_gauges() -> None:
+    """Three of ten, almost at one point, against honest clients in gauges of their own."""
+    spec = plain_spec((4,), width=16)
+    fooled = 0
+    for seed in range(40):
+        case = attack(spec, 1000 * seed)
+        state = initial_state(case.start)
+        updates = case.updates(case.turned)
+        for rule in (Krum(3), MultiKrum(3)):
+            _, report = run(Recipe("k", reduce=rule), state, updates)
+            assert liars_share(report.influence) == 0.0
+        assert liars_share(run(recipe("rfa"), state, updates)[1].influence) < 0.05
+        trusting = case.updates(case.turned, goal=True)
+        assert liars_share(run(recipe("fltrust"), state, trusting)[1].influence) == 0.0
+        factors = np.array([u.adapter.pack() - case.start.pack() for u in updates])
+        apart = np.sum((factors[:, None] - factors) ** 2, axis=2)
+        fooled += krum_order(apart, 3)[0] >= 7
+    assert fooled > 10  # the control: distances of factors
 
 
-def test_colluders_at_one_point_weigh_little() -> None:
-    points = np.random.default_rng(0).standard_normal((7, 400)) * 0.1 + 1.0
-    points = np.vstack([points, -10 * np.ones((3, 400))])
-    weights = GeometricMedian().weights(points @ points.T, np.full(10, 0.1))
-    assert abs(weights.sum() - 1) < 1e-12
-    assert weights[:7].min() > 0.1
-    assert weights[7:].max() < 0.01
+@pytest.mark.parametrize("name", IN_PRODUCT_SPACE)
+def test_gauges_and_the_order_of_clients_change_no_decision(name: str) -> None:
+    for seed in range(5):
+        case = attack(plain_spec(), 1000 * seed, honest=8, liars=2)
+        state = initial_state(case.start)
+        plain = case.updates(case.honest, goal=name == "fltrust")
+        other = case.updates(case.turned, goal=name == "fltrust")
+        change, report = run(recipe(name), state, plain)
+        for updates in (other, plain[::-1], other[3:] + other[:3]):
+            again, said = run(recipe(name), state, updates)
+            assert relative(again, change) < 1e-5
+            assert said.influence.keys() == report.influence.keys()
+            for client, share in report.influence.items():
+                assert abs(said.influence[client] - share) < 1e-5
 
 
-def test_identical_updates_and_no_updates_are_no_division_by_zero() -> None:
+def test_robust_rules_follow_the_honest_and_the_mean_does_not() -> None:
+    case = attack(plain_spec(), 3)
+    loud = replace(case, liars=[moved(one, 1, 3.0) for one in case.liars])
+    state = initial_state(case.start)
+    truth = np.mean([point(case.start, one) for one in case.honest], axis=0)
+    rules = {"krum(liars=3)": 1.0, "multi-krum(liars=3)": 0.4, "geometric-median": 0.4}
+    for rule, far in (rules | {"fltrust": 0.4}).items():
+        updates = loud.updates(case.turned, goal=rule == "fltrust")
+        chosen = recipe("krum", {"reduce": rule})
+        assert relative(run(chosen, state, updates)[0], truth) < far
+    mean, _ = run(recipe("svd-warm-start"), state, loud.updates(case.turned))
+    clipped, _ = run(recipe("norm-clip"), state, loud.updates(case.turned))
+    assert relative(mean, truth) > 3.0
+    assert relative(clipped, truth) < 0.4 * relative(mean, truth)
+
+
+@pytest.mark.parametrize("name", [*IN_PRODUCT_SPACE, "bulyan", "trimmed-mean", "median"])
+def test_identical_clients_return_their_update(name: str) -> None:
+    case = attack(plain_spec(), 0)
+    state = initial_state(case.start)
+    names = [f"c{k}" for k in range(7)] + [TRUSTED] * (name == "fltrust")
+    change, _ = run(recipe(name), state, [update(c, case.start, case.goal) for c in names])
+    assert relative(change, point(case.start, case.goal)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*IN_PRODUCT_SPACE, "bulyan", "trimmed-mean", "median"])
+def test_nobody_learns_and_nothing_moves(name: str) -> None:
+    start = random_adapter(plain_spec(), 0)
+    names = [f"c{k}" for k in range(7)] + [TRUSTED] * (name == "fltrust")
+    change, _ = run(recipe(name), initial_state(start), [update(c, start, start) for c in names])
+    assert not change.any()
+
+
+def test_identical_updates_do_not_vanish() -> None:
+    case = attack(plain_spec(), 0, honest=5, liars=1)
+    twins = [*case.honest[:4], case.honest[3]]
+    state = initial_state(case.start)
+    change, report = run(Recipe("m", reduce=MultiKrum(1)), state, case.updates(twins))
+    expected = np.mean([point(case.start, one) for one in twins], axis=0)
+    assert relative(change, expected) < 1e-5
+    assert all(abs(report.influence[f"honest{k}"] - 0.2) < 1e-12 for k in range(5))
+    line = np.array([0.0, 0.0, 0.0, 3.0])[:, None]
+    apart = np.sum((line[:, None] - line) ** 2, axis=2)
+    weights = GeometricMedian().weights(apart, np.full(4, 0.25))
+    assert np.allclose(weights[:3], weights[0])
+    assert weights[3] < 1e-5
+
+
+def test_a_client_of_rank_1_beside_rank_8_is_itself() -> None:
+    state = initial_state(random_adapter(plain_spec((8, 8)), 0))
+    updates, points = [], []
+    for k, rank in enumerate([8, 8, 1, 8, 8]):
+        start = recipe("krum").hand_out(state, plain_spec((rank, rank)))
+        trained = moved(start, 0 if rank == 1 else 10 + k, 0.01 if rank == 1 else 0.3)
+        updates.append(update(f"c{k}", start, trained))
+        points.append(point(start, trained))
+    change, report = run(recipe("krum"), state, updates)
+    assert report.influence["c2"] == 1.0
+    assert relative(change, points[2]) < 1e-4
+    reduction = recipe("median").begin(state)
+    with pytest.raises(UpdateError) as refused:
+        reduction.add(updates[2])
+    assert refused.value.reason in (UpdateReason.WRONG_SHAPE, UpdateReason.UNKNOWN_START)
+
+
+def test_if_nobody_agrees_with_the_trusted_client_nothing_moves() -> None:
+    case = attack(plain_spec(), 0)
+    updates = [update(f"liar{k}", case.start, one) for k, one in enumerate(case.liars)]
+    updates.append(update(TRUSTED, case.start, case.goal))
+    change, report = run(recipe("fltrust"), initial_state(case.start), updates)
+    assert not change.any()
+    assert set(report.influence.values()) == {0.0}
+
+
+def test_bulyan_chooses_again_after_each_choice() -> None:
+    """Once its neighbour is taken, the second best of the first round is no longer near anybody."""
+    rng = np.random.default_rng(0)
+    differ = 0
+    for _ in range(50):
+        points = rng.standard_normal((11, 3)) * rng.choice([0.1, 3.0], 11)[:, None]
+        apart = np.sum((points[:, None] - points) ** 2, axis=2)
+        left, expected = list(range(11)), []
+        while len(expected) < 7:
+            best = left[int(np.argmin(_open_scores(points[left], 2)))]
+            expected.append(best)
+            left.remove(best)
+        assert bulyan_choice(apart, 2) == expected
+        differ += set(expected) != set(np.argsort(_open_scores(points, 2))[:7].tolist())
+    assert differ > 10
+
+
+def _open_scores(points: np.ndarray, liars: int) -> list[float]:
+    """Krum's scores of few points, of which one neighbour at least counts; ties by all of them."""
+    found = []
+    for one in points:
+        apart = np.sort(np.sum((points - one) ** 2, axis=1))[1:]
+        near = max(1, len(points) - liars - 2)
+        found.append(float(apart[:near].sum() + 1e-9 * apart.sum()))
+    return found
+
+
+def test_identical_and_absent_distances_are_no_division_by_zero() -> None:
     rule = GeometricMedian()
     assert np.allclose(rule.weights(np.zeros((3, 3)), np.full(3, 1 / 3)), 1 / 3)
-    assert np.allclose(rule.weights(np.ones((2, 2)), np.array([0.25, 0.75])), [0.25, 0.75])
+    assert np.allclose(rule.weights(np.zeros((2, 2)), np.array([0.25, 0.75])), [0.25, 0.75])
+    case = attack(plain_spec(), 0)
+    state = initial_state(case.start)
+    alone, _ = run(recipe("norm-clip"), state, [update("c", case.start, case.goal)])
+    assert relative(alone, point(case.start, case.goal)) < 1e-5
+    assert np.isfinite(vector(state)).all()

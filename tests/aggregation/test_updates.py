@@ -13,7 +13,7 @@ from aggregation.recipes import RECIPES, recipe
 from aggregation.spec import AdapterSpec, ModuleSpec
 from aggregation.state import initial_state
 from aggregation.update import Update, UpdateError, UpdateReason
-from tests.aggregation.adapters import moved, plain_spec, random_adapter, update
+from tests.aggregation.adapters import honest, moved, plain_spec, random_adapter, update
 
 SPEC = plain_spec()
 STATE = initial_state(random_adapter(SPEC, 0))
@@ -63,21 +63,35 @@ BAD: dict[str, tuple[Update, UpdateReason]] = {
 }  # fmt: skip
 
 
+def some(name: str) -> list[Update]:
+    """As many sound updates as every recipe can do with; the first is by the trusted client."""
+    chosen = recipe(name)
+    start = chosen.hand_out(STATE)
+    return [
+        update(f"good-{k}", start, honest(chosen, start, k), weight=1.0 + k) for k in range(12)
+    ]
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_update_is_refused_and_leaves_no_trace(name: str, what: str) -> None:
     bad, reason = BAD[what]
+    good, chosen = some(name), recipe(name)
+    if bad.start == STATE.adapter.digest:
+        bad = replace(bad, start=good[0].start)
     bad = replace(bad, client="bad")
-    clean, dirty = recipe(name).begin(STATE), recipe(name).begin(STATE)
+    trusted = good[0].client if chosen.reduce.trusts else ""
+    clean, dirty = (chosen.begin(STATE, trusted=trusted) for _ in range(2))
     with pytest.raises(UpdateError, match="bad") as error:
         dirty.add(bad)
     assert error.value.reason is reason
-    clean.add(GOOD)
-    dirty.add(GOOD)
+    for one in good:
+        clean.add(one)
+        dirty.add(one)
     (one, _), (two, report) = clean.finish(), dirty.finish()
     assert two.adapter.digest == one.adapter.digest
     assert report.refused == {"bad": reason.value}
-    assert report.used == 1
+    assert report.used == len(good)
 
 
 def test_fedit_refuses_another_rank_and_names_the_recipe_that_takes_it() -> None:

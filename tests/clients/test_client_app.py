@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
+from aggregation import sketches
 from aggregation.init import initial_adapter
+from aggregation.train import Assignment
 from clients import client_app
-from clients.base import BaseRef
+from clients.base import BaseRef, find_base
 from clients.data import DataSource
 from clients.model import adapter_spec
 from clients.trainer import ResidentTrainer
@@ -120,6 +123,97 @@ def test_evaluation_and_identity(task: dict[str, Any]) -> None:
     assert flower.identity_from(reply.content).client == "client-00003"
 
 
+ONLY_B = Assignment(trains="B", sends="B")
+
+
+def test_the_next_task_leaves_out_what_the_client_still_has(
+    task: dict[str, Any], data_file: Path
+) -> None:
+    here = {"partition-id": 3}
+    task = {**task, "assignment": ONLY_B.to_mapping(), "codec": "int8"}
+    first = task["adapter"]
+    found = flower.update_from(train(task, here).content, {first.digest: first}.get)
+    assert found.parcel is not None
+    assert found.parcel.codec == "int8"
+    second = found.adapter  # A as before, B new
+    whole = flower.train_task_record(flower.TrainTask(**{**task, "round": 2, "adapter": second}))
+    less = flower.train_task_record(
+        flower.TrainTask(**{**task, "round": 2, "adapter": second}), held=first
+    )
+    assert flower.record_bytes(less) < flower.record_bytes(whole)
+    starts = {second.digest: second}.get
+    one = flower.update_from(ask(less, flower.TRAIN, here).content, starts)
+    other = flower.update_from(ask(whole, flower.TRAIN, here).content, starts)
+    assert one.adapter.digest == other.adapter.digest
+    assert (data_file.parent.parent / "memory" / "r" / "client-00003").is_dir()
+    # Another client of the same machine has not got it, and says so.
+    (data_file.parent / "client-00004.jsonl").write_bytes(data_file.read_bytes())
+    reply = ask(less, flower.TRAIN, {"partition-id": 4})
+    assert reply.has_error()
+    assert reply.error.reason == ClientFault.MISSING_TENSORS.value
+
+
+def test_the_second_pass_answers_with_what_the_first_has_trained(
+    task: dict[str, Any], tmp_path: Path, data_file: Path
+) -> None:
+    node = {"partition-id": 3, "memory": str(tmp_path / "elsewhere")}
+    assignment = Assignment(sketch=5, seed=2)
+    task = {**task, "assignment": assignment.to_mapping(), "privacy": None}
+    start = task["adapter"]
+    first = flower.update_from(train(task, node).content, {start.digest: start}.get)
+    basis = {k: np.linalg.qr(v)[0].astype(np.float32) for k, v in first.sketches.items()}
+    asked = flower.SketchTask(run="r", round=1, basis=basis)
+    reply = ask(flower.sketch_task_record(asked), flower.SKETCH, node)
+    second = flower.sketch_reply_from(reply.content)
+    assert (second.client, second.round) == ("client-00003", 1)
+    job = ClientJob(
+        client="client-00003", run="r", round=1, adapter=start, data=DataSource(data_file),
+        plan=PLAN, seed=3,
+    )  # fmt: skip
+    (trained,) = ResidentTrainer(find_base(Path(task["base"])), threads=1).train([job])
+    expected = sketches.second_pass(trained.adapter, start, basis)  # type: ignore[union-attr]
+    assert all(np.array_equal(second.sketches[k], expected[k]) for k in expected)
+    for number, who in ((2, 3), (1, 4)):
+        late = flower.sketch_task_record(flower.SketchTask(run="r", round=number, basis=basis))
+        reply = ask(late, flower.SKETCH, {**node, "partition-id": who})
+        assert reply.error.reason == ClientFault.MISSING_TENSORS.value
+
+
+def test_a_client_measures_what_it_has_kept_on_the_rows_it_held_out(task: dict[str, Any]) -> None:
+    here, assignment = {"partition-id": 3}, Assignment(sends="A", keeps="B", holdout=0.3)
+    start, said = task["adapter"], assignment.to_mapping()
+    task = {**task, "assignment": said, "privacy": None, "plan": {**PLAN.to_mapping(), "steps": 30}}
+    update = flower.update_from(train(task, here).content, {start.digest: start}.get)
+    values = {k: task[k] for k in ("run", "round", "plan", "data_folder", "base", "assignment")}
+
+    def measured(**change: Any) -> flower.EvaluateResult:
+        asked = flower.EvaluateTask(**{**values, "adapter": update.adapter, **change})
+        reply = ask(flower.evaluate_task_record(asked), flower.EVALUATE, here)
+        return flower.evaluate_result_from(reply.content)
+
+    mine = measured()
+    assert mine.examples + update.weight == 60
+    assert 0 < mine.examples < 30
+    assert mine.loss != measured(run="another").loss  # there it has kept nothing
+    assert measured(assignment={}).examples == 60
+
+
+def test_a_device_keeps_its_memory_beside_its_ledger_and_says_its_rank(
+    task: dict[str, Any], base: BaseRef, data_file: Path, tmp_path: Path
+) -> None:
+    node = {
+        "client": "kitchen",
+        "data": str(data_file),
+        "base": str(base.path),
+        "ledger": str(tmp_path / "own" / "ledger.sqlite"),
+        "max-rank": 4,
+    }
+    train({**task, "assignment": ONLY_B.to_mapping()}, node)
+    assert (tmp_path / "own" / "memory" / "r" / "kitchen" / "000001.safetensors").is_file()
+    reply = ask(RecordDict(), flower.IDENTITY, node)
+    assert flower.identity_from(reply.content) == flower.Identity("kitchen", 4)
+
+
 SECRET = "my mother's illness"
 
 
@@ -131,6 +225,7 @@ def test_no_fault_carries_the_text_of_an_exception(
     private = data_file.parent / "client-00004.jsonl"
     private.write_text(f'{{"text": "x", "label": "{SECRET}"}}\n')
     here = {"partition-id": 3}
+    core = Assignment(trains="core", sends="core").to_mapping()  # the adapter is off its basis
     cases: list[tuple[dict[str, Any], dict[str, Any], ClientFault]] = [
         ({}, {"partition-id": 4}, ClientFault.BAD_DATA),
         ({}, {"partition-id": 5}, ClientFault.NO_DATA),
@@ -139,6 +234,7 @@ def test_no_fault_carries_the_text_of_an_exception(
         ({"adapter": foreign}, here, ClientFault.WRONG_BASE),
         ({"base": "no-such-base"}, here, ClientFault.WRONG_BASE),
         ({"plan": {"epochs": -1}}, here, ClientFault.BAD_TASK),
+        ({"assignment": core}, here, ClientFault.BAD_TASK),
         ({"privacy": {"delta": 0}}, here, ClientFault.BAD_TASK),
         ({"plan": {"batch_size": 99}}, here, ClientFault.BAD_TASK),
         (

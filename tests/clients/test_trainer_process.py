@@ -9,11 +9,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from aggregation.adapter import Adapter
 from aggregation.init import initial_adapter
+from aggregation.train import Assignment
 from aggregation.update import Update
 from clients.base import BaseMismatch, BaseRef
 from clients.data import DataError, DataSource, Examples
@@ -22,7 +27,7 @@ from clients.model import adapter_spec
 from clients.trainer import ResidentTrainer
 from clients.trainer_process import TrainerClient, listen, serve
 from clients.trainer_wire import TrainerError, receive
-from clients.training import ClientJob, TrainingPlan
+from clients.training import ClientJob, Owner, TrainingPlan
 from privacy.budget import LocalPrivacy
 from privacy.calibration import epsilon
 from privacy.ledger import Ledger
@@ -103,6 +108,52 @@ def test_a_job_gives_the_same_bits_here_and_there(
     assert (running / "t.sock").stat().st_mode & 0o077 == 0
 
 
+def test_everything_that_an_assignment_needs_goes_over_the_socket(
+    nearby: tuple[Path, ResidentTrainer], base: BaseRef, examples: Examples, tmp_path: Path
+) -> None:
+    there, here = TrainerClient(nearby[0], timeout=120.0), ResidentTrainer(base, threads=1)
+    extra = initial_adapter(adapter_spec(base, LABELS, rank=3, alpha=6.0, layers=(0,)), seed=2)
+    extra = Adapter(extra.spec, {key: value + 0.1 for key, value in extra})
+    jobs: list[dict[str, Any]] = [
+        {"assignment": Assignment(trains="B", sends="B"), "codec": "int8"},
+        {"assignment": Assignment(sends="A", keeps="B", holdout=0.2), "beside": (extra,)},
+        {"assignment": Assignment(sketch=5, seed=9)},
+        {"assignment": Assignment(keeps="overlay", mix=0.25), "beside": (extra, extra)},
+        {"codec": "top-k(density=0.2, error_feedback=true)"},
+        {"assignment": Assignment(select="random", share=0.5, seed=4), "privacy": PRIVATE},
+    ]
+
+    def asked(folder: str) -> list[ClientJob]:
+        return [
+            replace(job(base, examples, client=f"c{i}"), memory=tmp_path / folder, **change)
+            for i, change in enumerate(jobs)
+        ]
+
+    for mine, theirs in zip(here.train(asked("h")), there.train(asked("t")), strict=True):
+        assert isinstance(mine, Update)
+        assert isinstance(theirs, Update)
+        assert theirs.adapter.digest == mine.adapter.digest
+        assert mine.parcel is not None
+        assert theirs.parcel is not None
+        assert (theirs.parcel.codec, theirs.parcel.keys) == (mine.parcel.codec, mine.parcel.keys)
+        assert theirs.parcel.data == mine.parcel.data
+        assert theirs.sketches.keys() == mine.sketches.keys()
+        assert all(np.array_equal(theirs.sketches[k], mine.sketches[k]) for k in mine.sketches)
+        assert theirs.metrics == mine.metrics
+    files = [sorted(f.rglob("*.safetensors")) for f in (tmp_path / "h", tmp_path / "t")]
+    assert len(files[0]) == len(jobs)
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    for i in (1, 3):
+        one = asked("h")[i]
+        owner = Owner(
+            client=one.client, run="r", round=1, assignment=one.assignment, memory=one.memory
+        )
+        found = there.evaluate(one.adapter, examples, beside=one.beside, owner=owner)
+        assert found == here.evaluate(one.adapter, examples, beside=one.beside, owner=owner)
+        assert found != here.evaluate(one.adapter, examples, beside=one.beside)
+        assert found != here.evaluate(one.adapter, examples, owner=owner)
+
+
 def test_failures_come_back_by_their_word(
     base: BaseRef, examples: Examples, running: Path, tmp_path: Path
 ) -> None:
@@ -171,11 +222,11 @@ def test_a_kill_in_the_middle_of_training_is_counted_once(
     "sent",
     [
         b"GET / HTTP/1.1\r\n\r\n" + b" " * 32,
-        b"APT1" + b"\xff" * 12,
-        b"APT1" + (2).to_bytes(4, "big") + bytes(8) + b"{}",
-        b"APT1" + (15).to_bytes(4, "big") + bytes(8) + b'{"adapters":[]}',
-        b"APT1" + (4).to_bytes(4, "big") + (4).to_bytes(8, "big") + b"\x80\x04N." + b"abcd",
-        b"APT1",
+        b"APT2" + b"\xff" * 12,
+        b"APT2" + (2).to_bytes(4, "big") + bytes(8) + b"{}",
+        b"APT2" + (26).to_bytes(4, "big") + bytes(8) + b'{"adapters":[],"blobs":[]}',
+        b"APT2" + (4).to_bytes(4, "big") + (4).to_bytes(8, "big") + b"\x80\x04N." + b"abcd",
+        b"APT2",
     ],
 )
 def test_garbage_is_answered_with_an_error_and_the_next_request_works(
@@ -186,9 +237,9 @@ def test_garbage_is_answered_with_an_error_and_the_next_request_works(
         connection.connect(str(path))
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        answer, adapters = receive(connection)
-    assert answer["kind"] == "TrainerError"
-    assert adapters == []
+        answer = receive(connection)
+    assert answer.header["kind"] == "TrainerError"
+    assert list(answer.adapters) == []
     TrainerClient(path, timeout=20.0).wait_ready(20.0)
 
 

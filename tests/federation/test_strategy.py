@@ -33,7 +33,7 @@ def run(
             grid,
             config,
             initial=START,
-            evaluate=lambda adapter: {"norm": float(np.linalg.norm(adapter.pack()))},
+            evaluate=lambda adapter, _: {"norm": float(np.linalg.norm(adapter.pack()))},
             on_round=on_round,  # type: ignore[arg-type]
             on_reply=replies.append if replies is not None else lambda _: None,
             checkpoint=checkpoint,

@@ -157,6 +157,135 @@ def test_the_noise_is_the_streams_and_nobody_elses(restored: Any) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("trains", ["lora_A", "lora_B"])
+def test_what_is_frozen_is_neither_clipped_nor_noised(restored: Any, trains: str) -> None:
+    """With one factor frozen the step is that of a model in which it is a constant."""
+    model, rows = restored[0], [0, 1, 2, 3, 4, 5]
+    frozen = [p for n, p in trainable(model).items() if trains not in n and "classifier" not in n]
+    start = [p.detach().clone() for p in frozen]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        expected = reference(restored, rows, 0.05)
+        optimizer = Recorder(trainable(model).values(), lr=1.0)
+        with PrivateSgd(
+            model,
+            optimizer,
+            max_grad_norm=0.05,
+            noise_multiplier=0.0,
+            expected_batch=4.0,
+            noise=Stream(KEY),
+        ) as private:
+            private.step([losses(restored, rows)])
+        scale = float(torch.cat([total.ravel() for total in expected.values()]).norm())
+        for (name, total), grad in zip(expected.items(), optimizer.grads, strict=True):
+            assert float((grad - total / 4.0).norm()) <= 1e-5 * scale, name
+        stepped(restored, [[[0, 1]], []], clip=0.5, sigma=9.0, expected=2.0)
+        assert all(torch.equal(p, before) for p, before in zip(frozen, start, strict=True))
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def ranks(model: nn.Module, kept: int) -> dict[str, torch.Tensor]:
+    """Masks that let the first rank indices of every module train."""
+    found = {}
+    for name, parameter in trainable(model).items():
+        if "lora_" in name:
+            rank = min(parameter.shape)
+            mask = (torch.arange(rank) < kept).float()
+            found[name] = mask[:, None] if "lora_A" in name else mask[None, :]
+    return found
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4, 5]], [[5], [0, 3], [1, 2, 4]]])
+def test_a_masked_entry_counts_in_no_norm(restored: Any, parts: list[list[int]]) -> None:
+    model, clip = restored[0], 0.05
+    masks = ranks(model, 2)
+    parameters = trainable(model)
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row in range(6):
+        grads = torch.autograd.grad(losses(restored, [row])[0], list(parameters.values()))
+        grads = [g * masks.get(n, 1.0) for n, g in zip(parameters, grads, strict=True)]
+        norm = torch.sqrt(sum((g**2).sum() for g in grads))
+        for name, grad in zip(parameters, grads, strict=True):
+            expected[name] += grad * min(1.0, clip / float(norm))
+    optimizer = Recorder(parameters.values(), lr=1.0)
+    with PrivateSgd(
+        model,
+        optimizer,
+        max_grad_norm=clip,
+        noise_multiplier=0.0,
+        expected_batch=4.0,
+        noise=Stream(KEY),
+        masks=masks,
+    ) as private:
+        private.step(losses(restored, rows) for rows in parts)
+    scale = float(torch.cat([total.ravel() for total in expected.values()]).norm())
+    unmasked = reference(restored, list(range(6)), clip)
+    for (name, total), grad in zip(expected.items(), optimizer.grads, strict=True):
+        assert float((grad - total / 4.0).norm()) <= 1e-5 * scale, name
+    head = next(name for name in expected if "classifier" in name)
+    assert not torch.allclose(expected[head], unmasked[head])  # the norm is another
+
+
+def test_a_masked_entry_gets_no_noise_in_any_step_and_any_optimiser(restored: Any) -> None:
+    model = restored[0]
+    masks, parameters = ranks(model, 1), trainable(model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.0)
+    with PrivateSgd(
+        model,
+        optimizer,
+        max_grad_norm=1.0,
+        noise_multiplier=50.0,
+        expected_batch=2.0,
+        noise=Stream(KEY),
+        masks=masks,
+    ) as private:
+        for rows in ([0, 1], [2], [3, 4]):
+            private.step([losses(restored, rows)])
+        private.step([])
+    for name, parameter in parameters.items():
+        still = parameter.detach() == before[name]
+        mask = masks.get(name, torch.ones(1)).expand(parameter.shape)
+        assert bool((still == (mask == 0)).all()), name
+
+
+@pytest.mark.parametrize("name", ["nothing.of.the.kind", "frozen", "shape"])
+def test_a_mask_that_fits_nothing_is_refused(restored: Any, name: str) -> None:
+    model = restored[0]
+    known = {
+        "frozen": next(n for n, p in model.named_parameters() if not p.requires_grad),
+        "shape": next(iter(trainable(model))),
+    }
+    with pytest.raises(MechanismError, match="fits no trainable parameter"):
+        PrivateSgd(
+            model,
+            torch.optim.SGD(trainable(model).values(), lr=1.0),
+            max_grad_norm=1.0,
+            noise_multiplier=1.0,
+            expected_batch=2.0,
+            noise=Stream(KEY),
+            masks={known.get(name, name): torch.ones(7, 7)},
+        )
+
+
+def test_a_factor_that_is_masked_whole_need_not_move(restored: Any) -> None:
+    model = restored[0]
+    masks = {name: torch.zeros(1) for name in ranks(model, 1)}
+    with PrivateSgd(
+        model,
+        torch.optim.SGD(trainable(model).values(), lr=1.0),
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        expected_batch=2.0,
+        noise=Stream(KEY),
+        masks=masks,
+    ) as private:
+        assert private.step([losses(restored, [0, 1])]) == 2
+
+
 def test_nothing_of_opacus_stays_on_the_model(restored: Any) -> None:
     from peft import get_peft_model_state_dict
 

@@ -50,6 +50,25 @@ def test_bad_input_is_status_2_and_one_message(
     assert message in errors
 
 
+def test_a_personal_run_without_privacy_shows_what_clients_have(
+    world: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "open.toml"
+    text = world.read_text().replace("[privacy]\nnoise_multiplier = 0.8\ndelta = 1e-3\n", "")
+    path.write_text(text.replace("rows.csv", str(world.parent / "rows.csv")))
+    words = ["--set", "federation.rounds=1", "--set", "federation.recipe=fedsa-lora"]
+    out = ["--out", str(tmp_path / "run"), "--workers", "0"]
+    code, output, errors = invoke(str(path), *words, *out)
+    assert code == 0, errors
+    assert "own" in output
+    assert "own " in errors
+    noisy = ["--set", "federation.recipe=dp-fedlora", "--set", "federation.rounds=1"]
+    code, _, errors = invoke(str(path), *noisy, "--out", str(tmp_path / "noisy"), "--workers", "0")
+    assert code == 0
+    assert "warning: recipe dp-fedlora: noise on both factors multiplies" in errors
+    assert "**Warning.** Noise" in (tmp_path / "noisy" / "adapter" / "README.md").read_text()
+
+
 def test_a_missing_scenario_and_a_busy_folder_are_status_2(world: Path, tmp_path: Path) -> None:
     assert invoke(str(tmp_path / "none.toml"))[0] == 2
     with locked(tmp_path / "run"):

@@ -131,9 +131,10 @@ def test_unknown_nodes_and_empty_federations_are_refused() -> None:
 
 def test_memory_does_not_grow_with_the_number_of_clients(tmp_path: Path) -> None:
     def peak(clients: int) -> int:
-        with LocalGrid(toy_app(), clients) as grid:
+        with LocalGrid(toy_app(forgetful=True), clients) as grid:
             tracemalloc.start()
-            run_training(grid, settings(clients=clients, rounds=1), initial=BIG)
+            config = settings(clients=clients, rounds=1, recipe="fedit")
+            run_training(grid, config, initial=BIG)
             _, top = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             return top
