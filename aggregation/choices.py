@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from aggregation.client_dp import ClientDp, ClientDpFtrl
 from aggregation.codecs import CODECS
 from aggregation.coordinate_rules import Bulyan, Median, TrimmedMean
 from aggregation.distributing import Cut, Same, Truncate
@@ -80,6 +81,8 @@ CHOICES: Mapping[str, tuple[type[Any], ...]] = {
     "private": (
         NoPrivacy,
         FactorNoise,
+        ClientDp,
+        ClientDpFtrl,
     ),
     "optimise": (
         Sgd,

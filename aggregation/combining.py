@@ -15,9 +15,11 @@ import numpy.typing as npt
 
 from aggregation.adapter import Adapter
 from aggregation.admission import MAX_VALUE, MAX_WEIGHT, Admission
+from aggregation.client_dp import CentralPiece
+from aggregation.clipped_sum import Noise
 from aggregation.core_basis import settle
 from aggregation.errors import AggregationError, RecipeError
-from aggregation.reducing import Factors, Reduced
+from aggregation.reducing import Accumulator, Factors, Reduced
 from aggregation.report import AggregationReport, ModuleReport
 from aggregation.robust import Trusting
 from aggregation.server_optimizer import is_nothing, nothing
@@ -43,6 +45,7 @@ class Reduction:
         starts: Mapping[str, Adapter] | None,
         measure: bool,
         trusted: str = "",
+        noise: Noise | None = None,
     ) -> None:
         _check_trusted(recipe, trusted)
         self._recipe = recipe
@@ -52,7 +55,12 @@ class Reduction:
         # Sums of each client's products would be seen in the clear and without any noise.
         hidden = any(getattr(recipe.private, name, False) for name in ("secure", "central"))
         measured = needed or (measure and not hidden)
-        self._sum = recipe.reduce.accumulator(state.adapter.spec, measure=measured)
+        self._central = isinstance(recipe.private, CentralPiece)
+        self._sum = (
+            _noised(recipe, state, noise)
+            if self._central
+            else recipe.reduce.accumulator(state.adapter.spec, measure=measured)
+        )
         self._refused: dict[str, str] = {}
         self._used, self._weight = 0, 0.0
         self._trusted, self._has_trusted = trusted, False
@@ -95,7 +103,7 @@ class Reduction:
         if self._trusted and update.client == self._trusted:
             cast(Trusting, self._sum).trust(update.adapter, origin)
             self._has_trusted = True
-        elif changed or reduce.counts_unchanged:
+        elif changed or reduce.counts_unchanged or self._central:
             self._sum.add(update.adapter, origin, share)
             self._order.append(update.client)
         return changed

@@ -43,6 +43,7 @@ class Reduced:
             those of the weights.
         lost: by module, the norm of what the reduce itself could not keep of the exact mean;
             empty if nothing.
+        buffers: what the state is to remember of it, by name; see ``GlobalState.buffers``.
     """
 
     products: Mapping[str, LowRank]
@@ -50,6 +51,7 @@ class Reduced:
     others: Mapping[str, Array]
     shares: tuple[float, ...] = ()
     lost: Mapping[str, float] = field(default_factory=dict)
+    buffers: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Accumulator(Protocol):

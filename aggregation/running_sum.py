@@ -22,7 +22,9 @@ from aggregation.low_rank import Array, LowRank
 
 Factor = npt.NDArray[np.floating]
 _Term = tuple[Factor, Factor, float]
-_BATCH = 256  # columns that are multiplied at a time: enough for BLAS to run at full speed
+# Columns that are multiplied at a time: enough for BLAS to run at full speed; of one rank index,
+# where each column is of another client and keeps its adapter alive.
+_BATCH, _INDEX_BATCH = 256, 64
 _NUMBERS = 1 << 18  # of a product that is made at a time
 
 
@@ -37,12 +39,15 @@ class RunningSum:
         d_out: rows of B.
         d_in: columns of A.
         scratch: memory to work in, shared by the sums of all modules.
+        batch: how many columns are multiplied at a time, at most.
     """
 
-    def __init__(self, d_out: int, d_in: int, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self, d_out: int, d_in: int, scratch: Scratch | None = None, batch: int = _BATCH
+    ) -> None:
         self._shape = (d_out, d_in)
         self._limit = max(1, d_out * d_in // (d_out + d_in))
-        self._batch = min(_BATCH, 4 * self._limit)
+        self._batch = min(batch, 4 * self._limit)
         self._scratch = scratch or Scratch()
         self._terms: list[_Term] = []
         self._columns = 0
@@ -155,7 +160,7 @@ class IndexSums:
     def add(self, left: Factor, right: Factor, weight: float) -> None:
         """Add ``weight * left @ right``, each of its rank indices where it belongs."""
         while len(self._sums) < len(right):
-            self._sums.append(RunningSum(*self._shape, self._scratch))
+            self._sums.append(RunningSum(*self._shape, self._scratch, _INDEX_BATCH))
         for j, running in enumerate(self._sums[: len(right)]):
             running.add(left[:, j : j + 1], right[j : j + 1], weight)
 

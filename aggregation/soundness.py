@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aggregation import codec_soundness, server_rules
+from aggregation import central_rules, codec_soundness, server_rules
 from aggregation.distributing import Truncate
 from aggregation.folding import Fresh, MeanResidual, SvdFold
 from aggregation.index_mean import IndexMean
@@ -251,4 +251,5 @@ RULES: tuple[Rule, ...] = (
     _absolute_sum_of_sparse,
     *codec_soundness.RULES,
     *server_rules.RULES,
+    *central_rules.RULES,
 )

@@ -13,8 +13,8 @@ import numpy as np
 
 from aggregation.adapter import Adapter
 from aggregation.errors import RecipeError
-from aggregation.piece import Piece
 from aggregation.index_coding import largest
+from aggregation.piece import Piece
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState
 

@@ -33,9 +33,8 @@ _PASSES = 4
 # The squared Frobenius norm of an inverse factor, in units of that of an orthonormal basis, up to
 # which Q is orthonormal to within about 1e-13: the error grows with the condition number squared.
 _WELL = 4.0
-# Where it is so large, a factor is mostly rounding: columns depend on each other, or nearly.
-_HOPELESS = 1e13
-_BLOCK = 48
+_BLOCK, _LEAF = 48, 24  # sizes at which triangles are not halved any more
+_FEW_DIGITS = 1e3
 _UNIT = float(np.finfo(np.float64).eps) / 2
 
 
@@ -77,39 +76,35 @@ def thin_qr(matrix: Array) -> ThinQR:
         if not sizes.all():
             break
         gram /= sizes[:, None] * sizes
-        found = _factor(gram, 0.0)
-        shifted = found is None and number == 0
-        if shifted:
-            found = _factor(gram, _shift(gram, len(basis)))
-        if found is None:
+        factor, shifted = _cholesky(gram, len(basis), may_shift=number == 0)
+        if factor is None:
             break
-        factor, inverse, size = found
         step = factor * sizes
         triangle = step if triangle is None else step @ triangle
-        inverse /= sizes[:, None]
-        if size <= _WELL * len(factor) and not shifted:
-            return ThinQR(basis, inverse, triangle, number == 0)
-        basis = basis @ inverse
+        inverse = _inverse(factor)
+        if not shifted and float(np.sum(inverse**2)) <= _WELL * len(factor):
+            return ThinQR(basis, inverse / sizes[:, None], triangle, number == 0)
+        rows = basis.T / sizes[:, None]
+        _substitute(rows, factor)
+        basis = rows.T
     q, r = np.linalg.qr(matrix)
     return ThinQR(q, np.eye(len(r)), r, well=False)
 
 
-def _factor(gram: Array, shift: float) -> tuple[Array, Array, float] | None:
-    """The upper Cholesky factor, its inverse and the inverse's squared norm; None if hopeless."""
-    try:
-        found = np.linalg.cholesky(gram + shift * np.eye(len(gram)), upper=True)
-    except np.linalg.LinAlgError:
-        return None
-    factor = np.asarray(found, np.float64)
-    inverse = _inverse(factor)
-    size = float(np.sum(inverse**2))
-    return (factor, inverse, size) if size < _HOPELESS else None
+def _cholesky(gram: Array, rows: int, *, may_shift: bool) -> tuple[Array | None, bool]:
+    """The upper Cholesky factor of a Gram matrix of unit columns, and whether of a shifted one.
 
-
-def _shift(gram: Array, rows: int) -> float:
-    """What makes a Gram matrix positive definite in spite of rounding (Fukaya et al. 2020, 4.2)."""
-    count = len(gram)
-    return 11 * (rows * count + count * (count + 1)) * _UNIT * float(np.linalg.norm(gram))
+    The shift makes it positive definite in spite of rounding (Fukaya et al. 2020, section 4.2).
+    """
+    count, shift = len(gram), 0.0
+    for _ in range(1 + may_shift):
+        try:
+            factor = np.linalg.cholesky(gram + shift * np.eye(count), upper=True)
+            return np.asarray(factor, np.float64), shift > 0
+        except np.linalg.LinAlgError:
+            size = float(np.linalg.norm(gram))
+            shift = 11 * (rows * count + count * (count + 1)) * _UNIT * size
+    return None, False
 
 
 def _inverse(upper: Array) -> Array:
@@ -123,3 +118,26 @@ def _inverse(upper: Array) -> Array:
     out[half:, half:] = _inverse(upper[half:, half:])
     out[:half, half:] = -(out[:half, :half] @ upper[:half, half:]) @ out[half:, half:]
     return out
+
+
+def _substitute(rows: Array, upper: Array) -> None:
+    """Solve ``Q U = X`` for an upper triangle U; rows are X^T before and Q^T after.
+
+    By substitution, in which what rounding does to X stays small however ill-conditioned U is; a
+    product with an inverse loses as many digits as the condition number has, so that only small
+    and well-conditioned blocks are inverted.
+    """
+    count = len(upper)
+    if count > _LEAF:
+        half = count // 2
+        _substitute(rows[:half], upper[:half, :half])
+        rows[half:] -= upper[:half, half:].T @ rows[:half]
+        _substitute(rows[half:], upper[half:, half:])
+        return
+    inverse = np.linalg.inv(upper)
+    if np.linalg.norm(upper) * np.linalg.norm(inverse) < _FEW_DIGITS:
+        rows[:] = inverse.T @ rows
+        return
+    for j in range(count):
+        rows[j] -= upper[:j, j] @ rows[:j]
+        rows[j] /= upper[j, j]

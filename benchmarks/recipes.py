@@ -3,14 +3,14 @@
 Run: ``python benchmarks/recipes.py`` (about a quarter of an hour on two cores; ``--quick`` in two
 minutes for a look at the table; ``--json FILE`` writes every single run).
 
-Twelve clients with very different classes and sizes (Dirichlet 0.3) train MiniLM's two upper layers
-on 3,000 sentences. Recipes that take mixed ranks have clients of rank 4, 8 and 16; the others have
+Ten clients with very different classes and sizes (Dirichlet 0.3) train MiniLM's two upper layers on
+3,200 sentences. Recipes that take mixed ranks have clients of rank 4, 8 and 16; the others have
 rank 8 everywhere, and the table says which. Each recipe gets the learning rate of the factors, out
-of four, that did best on a partition of its own (another seed) which is not in the table. The table
+of three, that did best on a partition of its own (another seed) which is not in the table. The table
 shows the mean over three seeds: each is another partition, another held-out set and another
 initialisation; "spread" is the largest minus the smallest of the three.
 
-On 1,000 held-out sentences one standard error is about 1.5 points. What lies within the spread is
+On 800 held-out sentences one standard error is about 1.6 points. What lies within the spread is
 no difference.
 """
 
@@ -50,12 +50,12 @@ CHOSEN = (
     "raflora",
     "hetlora",
 )
-RATES = (1e-4, 5e-4, 2e-3, 8e-3)
+RATES = (5e-4, 2e-3, 8e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 100
 SCENARIO: dict[str, Any] = {
-    "data": {"dataset": "sentiment", "rows": 4000, "heldout": 0.25},
-    "partition": {"scheme": "dirichlet", "alpha": 0.3, "clients": 12, "min_examples": 40},
+    "data": {"dataset": "sentiment", "rows": 4000, "heldout": 0.2},
+    "partition": {"scheme": "dirichlet", "alpha": 0.3, "clients": 10, "min_examples": 40},
     "train": {
         "alpha": 16.0,
         "layers": 2,
@@ -65,7 +65,7 @@ SCENARIO: dict[str, Any] = {
         "steps": 6,
         "max_length": 24,
     },
-    "federation": {"rounds": 6},
+    "federation": {"rounds": 5},
 }
 
 
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--recipes", default=",".join(CHOSEN), help="names, with commas")
     asked = parser.parse_args()
     began, trials, best = time.monotonic(), list[Trial](), dict[str, float]()
-    rates, seeds = (RATES[1:3], SEEDS[:2]) if asked.quick else (RATES, SEEDS)
+    rates, seeds = (RATES[:2], SEEDS[:2]) if asked.quick else (RATES, SEEDS)
     with bench(asked.quick) as here:
         for recipe in asked.recipes.split(","):
             tried = [here.trial(recipe, rate, TUNING_SEED) for rate in rates]

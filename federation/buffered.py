@@ -44,6 +44,7 @@ from protos import flower
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 1.0
 STALE = "stale"
+UNREACHABLE = "unreachable"
 STALENESS = "staleness"
 
 _log = logging.getLogger("airpeft.federation.buffered")
@@ -141,19 +142,22 @@ class BufferedStrategy(LoraStrategy):
                 return
             share, seed = 1.0 / len(idle), self._config.seed
             client = cohort.draw(idle, number, share, "fixed", seed)[0]
-            if self._can_train(client):
-                self._asked.append(client)
-                finish = self._now + simulated_seconds(seed, client, number)
-                self._ask(grid, client, number, finish)
-            else:
+            finish = self._now + simulated_seconds(seed, client, number)
+            if not self._can_train(client):
                 taken.refuse(client, TOO_SMALL)
+            elif self._ask(grid, client, number, finish):
+                self._asked.append(client)
+            else:
+                taken.refuse(client, UNREACHABLE)
 
-    def _ask(self, grid: Grid, client: str, version: int, finish: float) -> None:
-        """Send a client the adapter that the recipe hands out now."""
+    def _ask(self, grid: Grid, client: str, version: int, finish: float) -> bool:
+        """Send a client the adapter that the recipe hands out now; whether the grid took it."""
         task = self._handing.train(client, whole=True)
-        self._bytes_down += task.nbytes
         message = Message(task.content, dst_node_id=self._nodes[client], message_type=flower.TRAIN)
-        (sent,) = grid.push_messages([message])
+        sent = next(iter(grid.push_messages([message])), None)
+        if not sent:  # the node is gone, or the message too large: Flower's grids leave its id out
+            return False
+        self._bytes_down += task.nbytes
         self._flights[client] = Flight(
             client=client,
             version=version,
@@ -163,6 +167,7 @@ class BufferedStrategy(LoraStrategy):
             assignment=self._handing.assignment(client),
             start=self._handing.adapter(client),
         )
+        return True
 
     def _next(self, grid: Grid) -> tuple[Flight, Message | None]:
         """The next client that is done, with its reply; without one if it is late."""
@@ -241,7 +246,7 @@ class BufferedStrategy(LoraStrategy):
                 _log.warning("%s was at work and is gone", client)
                 continue
             self._handing.begin(GlobalState(self._versions[version], round=version - 1), version)
-            if self._can_train(client):
-                self._ask(grid, client, version, finish)
+            if not (self._can_train(client) and self._ask(grid, client, version, finish)):
+                _log.warning("%s was at work and cannot be asked again", client)
         if saved.flights:
             _log.info("%d clients are at work again", len(self._flights))

@@ -90,12 +90,14 @@ class HandingOut:
 
     def assignment(self, client: str) -> Assignment:
         """What this client does in this round."""
-        assert self._state is not None  # noqa: S101 - begin comes first
-        ranks, share = self._config.ranks, None
-        if client in ranks:
-            # A client of rank r trains r of the R rank indices, and still holds all of them.
-            share = min(1.0, ranks[client] / max(ranks.values()))
-        asked = self._recipe.assignment(self._number, self._state.adapter.spec, share=share)
+        spec, rank, widest = self._global(), self._rank(client), self._widest()
+        share = None
+        # Where all hold all rank indices, a client of rank r trains so many of them.
+        if client in self._config.ranks:
+            share = rank / widest
+        elif rank < widest:
+            share = min(rank / widest, self._recipe.assignment(self._number, spec).share)
+        asked = self._recipe.assignment(self._number, spec, share=share)
         holdout = self._config.holdout
         return replace(asked, holdout=holdout) if holdout else asked
 
@@ -170,21 +172,28 @@ class HandingOut:
 
     def _spec(self, client: str) -> AdapterSpec:
         """The specification of a client's adapter: the global one, at the client's own rank."""
-        assert self._state is not None  # noqa: S101 - begin comes first
-        ours = self._state.adapter.spec
-        widest = max((m.rank for m in ours.modules), default=0)
-        most = self._max_rank(client) or widest
-        rank = min(most, self._config.ranks.get(client, widest))
-        if rank >= widest:
-            return ours
+        ours, rank = self._global(), self._rank(client)
+        if rank >= self._widest() or self._recipe.assignment(self._number, ours).select:
+            return ours  # which of the rank indices it trains, its assignment says
         if not self._recipe.distribute.mixed_ranks:
-            if most >= widest:
-                return ours  # which of the rank indices it trains, its assignment says
             raise RecipeError(
-                f"client {client} can train rank {most}, and recipe {self._recipe.name} hands out "
-                f"rank {widest} to everybody; choose svd-warm-start, which takes mixed ranks"
+                f"client {client} can train rank {rank}, and recipe {self._recipe.name} hands out "
+                f"rank {self._widest()} to everybody; choose svd-warm-start, which takes mixed "
+                "ranks"
             )
         return ours.with_ranks({m.name: min(m.rank, rank) for m in ours.modules})
+
+    def _global(self) -> AdapterSpec:
+        assert self._state is not None  # noqa: S101 - begin comes first
+        return self._state.adapter.spec
+
+    def _widest(self) -> int:
+        return max((module.rank for module in self._global().modules), default=1)
+
+    def _rank(self, client: str) -> int:
+        """What the settings give a client, as far as its device can train it."""
+        rank = self._config.ranks.get(client, self._widest())
+        return min(rank, self._max_rank(client) or rank)
 
 
 def _sent(content: RecordDict) -> Sent:

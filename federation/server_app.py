@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from federation.buffered import BufferedStrategy
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from federation.strategy import Evaluate, LoraStrategy, Reply, TrainingResult
+
+_log = logging.getLogger("airpeft.federation.server_app")
 
 
 def run_training(
@@ -49,7 +52,10 @@ def run_training(
         CheckpointError: if the folder holds another run.
         StorageError: if the disk is full; free some space and start the same run again.
     """
-    late = config.chosen().weigh.max_staleness is not None
+    chosen = config.chosen()
+    if chosen.warning:
+        _log.warning("recipe %s: %s", chosen.name, chosen.warning)
+    late = chosen.weigh.max_staleness is not None
     strategy = (BufferedStrategy if late else LoraStrategy)(
         config,
         initial,

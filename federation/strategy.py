@@ -234,7 +234,8 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         )
         for client in taken.used:
             self._handing.keeps(client)
-        self._state = state or self._state
+        # Rounds count with a step or without: who trains which factor depends on their number.
+        self._state = replace(state or self._state, round=self._round.number)
 
     def _ask_for_measurements(self, grid: Grid, number: int) -> dict[str, float]:
         """Have the round's clients measure what they have now, on the rows kept out for it."""

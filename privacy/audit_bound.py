@@ -97,26 +97,48 @@ def lower_bound(
 
 
 def guess(
-    scores: npt.NDArray[np.float64], planted: npt.NDArray[np.bool_], share: float = 0.2
+    scores: npt.NDArray[np.float64],
+    planted: npt.NDArray[np.bool_],
+    share: float = 0.2,
+    centre: float = 0.0,
 ) -> tuple[int, int]:
-    """Guess "in" for the highest scores and "out" for the lowest; count the right ones.
+    """Guess "in" above the centre and "out" below it, for the scores farthest from it.
 
     Args:
         scores: of each canary: higher means more likely in.
         planted: whether it was in.
-        share: of the canaries that are guessed about, half at each end; fixed before looking.
+        share: of the canaries that are guessed about; fixed before looking.
+        centre: the score that says nothing; :func:`widest_gap` finds one without looking at who
+            was planted.
 
     Returns:
         (guesses, right).
 
     Raises:
-        AuditError: if there are too few canaries for one guess at each end.
+        AuditError: if there are too few canaries for one guess.
     """
-    each = int(share * len(scores) / 2)
-    if scores.shape != planted.shape or each < 1:
+    guesses = int(share * len(scores))
+    if scores.shape != planted.shape or guesses < 1:
         raise AuditError(
             f"{len(scores)} canaries with share={share} leave no guess: plant more canaries"
         )
-    order = np.argsort(scores, kind="stable")
-    out, inside = order[:each], order[-each:]
-    return 2 * each, int((~planted[out]).sum() + planted[inside].sum())
+    sure = np.argsort(-np.abs(scores - centre), kind="stable")[:guesses]
+    return guesses, int(((scores[sure] > centre) == planted[sure]).sum())
+
+
+def widest_gap(scores: npt.NDArray[np.float64]) -> float:
+    """The middle of the widest gap in the middle fifth of the scores.
+
+    Fair coins put about half of the canaries in. Where a mechanism hides nothing, the scores fall
+    into two heaps, and this is between them.
+
+    >>> widest_gap(np.array([0.0, 0.1, 0.2, 0.3, 0.4, 5.0, 5.1, 5.2, 5.3, 5.4]))
+    2.7
+    """
+    ordered = np.sort(scores)
+    first, last = int(0.4 * len(ordered)), math.ceil(0.6 * len(ordered)) + 1
+    middle = ordered[first:last]
+    if len(middle) < 2:
+        raise AuditError(f"{len(scores)} canaries have no middle: plant more canaries")
+    at = int(np.argmax(np.diff(middle)))
+    return float((middle[at] + middle[at + 1]) / 2.0)

@@ -32,6 +32,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from privacy.errors import PrivacyError
+from privacy.planted import Planted
 from privacy.randomness import Stream
 
 
@@ -62,6 +63,8 @@ class PrivateSgd:
             broadcasts to the parameter's. A masked entry counts in no norm and gets no noise:
             clipping would else spend the bound on what never leaves. Masks must not depend on
             the data.
+        planted: for an audit, further examples; they enter after the real ones and are clipped,
+            summed and noised exactly as those are.
 
     Raises:
         MechanismError: if the model has a part for which no gradient per example exists, the
@@ -78,6 +81,7 @@ class PrivateSgd:
         expected_batch: float,
         noise: Stream,
         masks: Mapping[str, Tensor] | None = None,
+        planted: Planted | None = None,
     ) -> None:
         check_model(model)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -101,6 +105,7 @@ class PrivateSgd:
         self._std = noise_multiplier * max_grad_norm
         self._expected = expected_batch
         self._noise = noise
+        self._planted = planted
         self._clipper = DPOptimizer(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -155,12 +160,12 @@ class PrivateSgd:
         count = 0
         for loss in losses:
             loss.sum().backward()
-            self._mask_samples()
-            self._clipper.clip_and_accumulate()
-            for parameter in self._parameters.values():
-                parameter.grad_sample = parameter.grad = None  # the clipped sum stays
+            self._accumulate()
             count += int(loss.shape[0])
-        self._release()
+        if self._planted is None:
+            self._release()
+        else:
+            count += self._release_with(self._planted)
         self._optimizer.step()
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -178,6 +183,28 @@ class PrivateSgd:
             return bool(torch.broadcast_shapes(mask.shape, parameter.shape) == parameter.shape)
         except RuntimeError:
             return False
+
+    def _accumulate(self) -> None:
+        """Clip the gradients that are there, each by itself, and add them to the sum."""
+        self._mask_samples()
+        self._clipper.clip_and_accumulate()
+        for parameter in self._parameters.values():
+            parameter.grad_sample = parameter.grad = None  # the clipped sum stays
+
+    def _release_with(self, planted: Planted) -> int:
+        """Release with an audit's examples in the batch; returns how many they were."""
+        params, count = self._parameters, 0
+        sums = {name: p.summed_grad for name, p in params.items()}
+        real = {n: torch.zeros_like(params[n]) if t is None else t.clone() for n, t in sums.items()}
+        trains = {n: torch.ones_like(p) * self._masks.get(n, 1.0) for n, p in params.items()}
+        for block in planted.gradients(trains):
+            for name, parameter in params.items():
+                parameter.grad_sample = block[name]
+            count += len(block[name])
+            self._accumulate()
+        self._release()
+        planted.see({name: p.grad * self._expected for name, p in params.items()}, real)
+        return count
 
     def _mask_samples(self) -> None:
         """Before clipping: what does not train must not take part in any example's norm."""

@@ -27,8 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from aggregation import durable
 from aggregation.adapter import Adapter
 from aggregation.errors import AggregationError
@@ -36,13 +34,12 @@ from aggregation.init import initial_adapter
 from clients.data import Examples
 from clients.errors import ClientError
 from clients.model import BaseRef, adapter_spec, find_base
-from clients.training import TrainingPlan
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from privacy.budget import LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.randomness import SEEDED
-from simulations import datasets, partition
+from simulations import datasets, from_scenario
 from simulations.errors import SimulationError
 from simulations.events import Prepared
 from simulations.scenario import Scenario, ScenarioError, load
@@ -161,7 +158,7 @@ def prepare(scenario: Scenario, out: Path) -> Run:
     """
     out = out.resolve()
     _claim(scenario, out)
-    dataset = _dataset(scenario)
+    dataset = from_scenario.dataset(scenario)
     try:
         base = find_base(scenario.base.name)
         spec = adapter_spec(
@@ -176,16 +173,18 @@ def prepare(scenario: Scenario, out: Path) -> Run:
             virtual_tokens=scenario.train.virtual_tokens,
             bottleneck=scenario.train.bottleneck,
         )
-        scenario.federation.chosen().check_spec(spec)
-        plan = _plan(scenario)
-        privacy = _privacy(scenario)
+        chosen = scenario.federation.chosen()
+        chosen.check_spec(spec)
+        chosen.check_base(from_scenario.quantised(base))
+        plan = from_scenario.plan(scenario)
+        privacy = from_scenario.privacy(scenario)
     except (ClientError, PrivacyError, AggregationError) as error:
         raise ScenarioError(f"scenario {scenario.name}: {error}") from error
     folder = out / PARTITIONS
     if not (folder / datasets.SUMMARY).is_file():
-        datasets.materialise(folder, dataset, _split(scenario, dataset))
+        datasets.materialise(folder, dataset, from_scenario.split(scenario, dataset))
     summary = json.loads((folder / datasets.SUMMARY).read_text("utf-8"))
-    config = _config(scenario, plan, privacy, folder)
+    config = from_scenario.rounds(scenario, plan, privacy, folder)
     found = Checkpoints(out / CHECKPOINTS, config.run).latest()
     return Run(
         scenario=scenario,
@@ -226,85 +225,3 @@ def _claim(scenario: Scenario, out: Path) -> None:
             f"{out} is not empty and holds no run ({strangers[0]} is in it): choose another folder"
         )
     durable.write_bytes(path, scenario.to_toml().encode())
-
-
-def _dataset(scenario: Scenario) -> datasets.Dataset:
-    data = scenario.data
-    return datasets.load(
-        data.dataset,
-        path=Path(data.path) if data.path else None,
-        text=data.text,
-        label=data.label,
-        label_names=data.labels or None,
-    )
-
-
-def _split(scenario: Scenario, dataset: datasets.Dataset) -> partition.Split:
-    part = scenario.partition
-    schemes: dict[str, Any] = {
-        "iid": partition.Iid,
-        "dirichlet": lambda: partition.Dirichlet(part.alpha),
-        "pathological": lambda: partition.Pathological(part.classes),
-        "size-skewed": lambda: partition.SizeSkewed(part.exponent),
-        "natural": lambda: partition.Natural(
-            datasets.column(dataset, part.column, text=scenario.data.text)
-        ),
-    }
-    return partition.make_split(
-        np.asarray(dataset.labels),
-        schemes[part.scheme](),
-        clients=part.clients,
-        heldout=scenario.data.heldout,
-        minimum=part.min_examples,
-        seed=scenario.seed,
-        limit=scenario.data.rows,
-    )
-
-
-def _plan(scenario: Scenario) -> TrainingPlan:
-    train = scenario.train
-    return TrainingPlan(
-        learning_rate=train.learning_rate,
-        head_learning_rate=train.head_learning_rate,
-        epochs=train.epochs,
-        steps=train.steps,
-        batch_size=train.batch_size,
-        sample_rate=train.sample_rate,
-        optimizer=train.optimizer,
-        max_length=train.max_length,
-    )
-
-
-def _privacy(scenario: Scenario) -> LocalPrivacy | None:
-    if scenario.privacy is None:
-        return None
-    return LocalPrivacy.from_mapping(
-        {**scenario.privacy.model_dump(exclude_none=True), "rounds": scenario.federation.rounds}
-    )
-
-
-def _config(
-    scenario: Scenario, plan: TrainingPlan, privacy: LocalPrivacy | None, data_folder: Path
-) -> RoundsConfig:
-    federation = scenario.federation
-    return RoundsConfig(
-        run=scenario.run,
-        rounds=federation.rounds,
-        base=scenario.base.name,
-        plan=plan.to_mapping(),
-        privacy=privacy.to_mapping() if privacy else None,
-        recipe=federation.recipe,
-        pieces=federation.pieces,
-        sampling=federation.sampling,
-        fraction=federation.fraction,
-        clients=scenario.partition.clients,
-        min_updates=federation.min_updates,
-        deadline_seconds=federation.deadline_seconds,
-        seed=scenario.seed,
-        data_folder=str(data_folder),
-        ranks=scenario.ranks,
-        holdout=scenario.holdout,
-        trusted=scenario.trusted,
-        buffer=federation.buffer,
-        max_staleness=federation.max_staleness,
-    )

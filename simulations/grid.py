@@ -17,15 +17,13 @@ deadline is left behind: its lane is given up, another takes its place, and the 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -37,6 +35,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from simulations.errors import SimulationError
+from simulations.lanes import InProcess, Lane, Worker
 
 FIRST_NODE = 1 << 20
 GRACE_SECONDS = 10.0
@@ -47,70 +46,6 @@ _log = logging.getLogger("airpeft.simulations.grid")
 
 class GridError(SimulationError):
     """A message that this grid can't carry."""
-
-
-class Worker(Protocol):
-    """What a lane's clients train with, such as a process; started and stopped by its owner."""
-
-    def node_config(self) -> Mapping[str, str]:
-        """What each client on the lane finds in its ``Context.node_config``."""
-
-    def ensure(self) -> None:
-        """Start it if it is not running; called before each use, from the grid's own thread."""
-
-    def abandon(self) -> None:
-        """A client is stuck in it: end it at once."""
-
-
-class InProcess:
-    """No worker: the ClientApp trains in this process."""
-
-    def node_config(self) -> Mapping[str, str]:
-        """Nothing."""
-        return {}
-
-    def ensure(self) -> None:
-        """Always running."""
-
-    def abandon(self) -> None:
-        """A thread can't be ended; it is left to itself."""
-
-
-@dataclass
-class _Lane:
-    """A thread that handles one message at a time."""
-
-    worker: Worker
-    handle: Callable[[Message, Mapping[str, str]], Message]
-    _jobs: queue.SimpleQueue[tuple[Future[Message], Message] | None] = field(
-        default_factory=queue.SimpleQueue
-    )
-    _closed: bool = False
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._work, name="airpeft-lane", daemon=True)
-        self._thread.start()
-
-    def submit(self, request: Message) -> Future[Message]:
-        self.worker.ensure()
-        future: Future[Message] = Future()
-        self._jobs.put((future, request))
-        return future
-
-    def close(self, seconds: float = 0.0) -> None:
-        """Do nothing more; wait so long for the client that is at work."""
-        self._closed = True
-        self._jobs.put(None)
-        if seconds:
-            self._thread.join(seconds)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, request = job
-            if self._closed:
-                future.cancel()
-            if future.set_running_or_notify_cancel():
-                future.set_result(self.handle(request, self.worker.node_config()))
 
 
 @dataclass(frozen=True)
@@ -150,7 +85,7 @@ class LocalGrid(Grid):  # type: ignore[misc]  # flwr is untyped here
         self._node_config = dict(node_config or {})
         self._clock = clock
         self._contexts: dict[int, Context] = {}
-        self._lanes = [_Lane(worker, self._handle) for worker in (list(workers) or [InProcess()])]
+        self._lanes = [Lane(worker, self._handle) for worker in (list(workers) or [InProcess()])]
         self._pushed: dict[str, _Pending] = {}
         self._count = 0
         self._run = Run.create_empty(run_id=1)
@@ -272,7 +207,7 @@ class LocalGrid(Grid):  # type: ignore[misc]  # flwr is untyped here
         _log.warning("a client on lane %d is late; the lane is replaced", number)
         lane.worker.abandon()
         lane.close()
-        self._lanes[number] = _Lane(lane.worker, self._handle)
+        self._lanes[number] = Lane(lane.worker, self._handle)
 
     def _left(self, deadline: float | None) -> float | None:
         return None if deadline is None else max(0.0, deadline - self._clock())

@@ -66,7 +66,9 @@ def moved(start: Adapter, seed: int, size: float = 0.1) -> Adapter:
     return Adapter(start.spec, {k: v + step.tensors[k] for k, v in start})
 
 
-def honest(chosen: Recipe, start: Adapter, seed: int, size: float = 0.1, number: int = 1) -> Adapter:
+def honest(
+    chosen: Recipe, start: Adapter, seed: int, size: float = 0.1, number: int = 1
+) -> Adapter:
     """What a client sends back that does what the recipe asks: what is frozen is as it was."""
     task = chosen.train.assignment(number)
     tensors = dict(moved(start, seed, size).tensors)

@@ -136,6 +136,49 @@ def test_tensors_must_fit_and_cannot_be_changed_afterwards() -> None:
     assert Adapter(SPEC, dict(adapter.tensors)).digest == digest
 
 
+def test_nobody_gets_a_writable_alias() -> None:
+    vector = random_adapter(SPEC, 0).pack().copy()
+    adapter = Adapter.unpack(SPEC, vector)
+    digest = adapter.digest
+    vector[:] = 0
+    key = next(iter(adapter.tensors))
+    for array in (adapter.pack(), adapter.tensors[key], adapter.factors(SPEC.modules[0].name)[0]):
+        assert array.base is not None
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 1.0
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.flags.writeable = True
+    with pytest.raises(TypeError):
+        adapter.tensors[key] = np.zeros(1)  # type: ignore[index]
+    assert Adapter.unpack(SPEC, adapter.pack()).digest == digest
+
+
+@FEW
+@given(specs(), st.integers(0, 99), st.sampled_from([0.0, 1e-3, np.nan, np.inf, -np.inf]))
+def test_what_is_said_of_all_values_is_true_of_each(
+    spec: AdapterSpec, seed: int, change: float
+) -> None:
+    one = random_adapter(spec, seed)
+    vector = one.pack().copy()
+    vector[seed % vector.size] += np.float32(change)
+    other = Adapter.unpack(spec, vector)
+    assert np.array_equal(np.concatenate([v.ravel() for _, v in other]), vector, equal_nan=True)
+    assert one.same_values(one)
+    assert one.same_values(other) == (change == 0.0)
+    assert not one.same_values(Adapter.zeros(replace(spec, use_rslora=not spec.use_rslora)))
+    assert other.is_finite() == bool(np.isfinite(change))
+    least, largest = other.extent
+    assert np.array_equal([least, largest], [vector.min(), vector.max()], equal_nan=True)
+
+
+def test_adapters_of_many_values_are_compared_to_the_last_one() -> None:
+    spec = AdapterSpec(BASE, (), (TensorSpec("head.weight", (40, 100)),))
+    one = random_adapter(spec, 0)
+    vector = one.pack().copy()
+    vector[-1] += 1
+    assert not one.same_values(Adapter.unpack(spec, vector))
+
+
 def test_the_initial_adapter_changes_nothing_and_can_learn() -> None:
     spec = AdapterSpec(
         BASE,

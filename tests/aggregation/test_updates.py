@@ -67,9 +67,7 @@ def some(name: str) -> list[Update]:
     """As many sound updates as every recipe can do with; the first is by the trusted client."""
     chosen = recipe(name)
     start = chosen.hand_out(STATE)
-    return [
-        update(f"good-{k}", start, honest(chosen, start, k), weight=1.0 + k) for k in range(12)
-    ]
+    return [update(f"good-{k}", start, honest(chosen, start, k), weight=1.0 + k) for k in range(12)]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from aggregation.adapter import Adapter
 from aggregation.update import Update
@@ -20,7 +21,7 @@ from federation.rounds import Round, RoundsConfig, RoundsError
 from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
 from protos import flower
-from simulations.grid import InProcess, LocalGrid
+from simulations.grid import FIRST_NODE, InProcess, LocalGrid
 from tests.aggregation.adapters import products, relative
 from tests.simulations.toy import SPEC, START, Behaviour, honest, lying, settings, toy_app
 
@@ -215,6 +216,24 @@ def test_a_bad_client_is_replaced_by_another(behave: Behaviour, reason: str) -> 
     refused = [r.refused for r in result.rounds if r.refused]
     assert refused
     assert all(r == {"client-00003": reason} for r in refused)
+    assert all(len(r.used) == 3 for r in result.rounds[1:])
+
+
+class Lossy(LocalGrid):
+    """A grid that cannot reach one of its nodes, and says so as Flower's do: by silence."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        reachable = [m for m in messages if m.metadata.dst_node_id != FIRST_NODE + 3]
+        return super().push_messages(reachable)
+
+
+def test_a_client_that_cannot_be_reached_is_replaced_by_another() -> None:
+    config = buffered()
+    with Lossy(toy_app(), config.clients) as grid:
+        result = run_training(grid, config, initial=START)
+    refused = [r.refused for r in result.rounds if r.refused]
+    assert refused
+    assert all(r == {"client-00003": "unreachable"} for r in refused)
     assert all(len(r.used) == 3 for r in result.rounds[1:])
 
 

@@ -147,6 +147,11 @@ def test_ranks_set_what_share_of_the_indices_trains_where_all_hold_all_of_them()
     config = settings(recipe="fed-plora", ranks={**dict.fromkeys(names(5), 2), **RANKS}, rounds=1)
     run(config, toy_app(watched))
     assert shares == {name: 0.5 if name in RANKS else 1.0 for name in names(5)}
+    # A device says so itself; the others do what the recipe says.
+    pieces = {"train": "random-ranks(share=0.75)"}
+    told = settings(recipe="fed-plora", pieces=pieces, rounds=1)
+    run(told, toy_app(watched, max_rank={"client-00002": 1}))
+    assert shares == {name: 0.5 if name == "client-00002" else 0.75 for name in names(5)}
 
 
 def test_the_trusted_client_is_asked_in_every_round_and_nothing_happens_without_it() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -233,3 +234,15 @@ def test_what_cannot_run_is_said_before_anything_starts(
     with pytest.raises((ScenarioError, datasets.DatasetError), match=message):
         simulate(world_scenario(world, *overrides), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_residual_is_not_merged_into_a_quantised_base(world: Path, tmp_path: Path) -> None:
+    base = tmp_path / "quantised"
+    shutil.copytree(world.parent / "tiny-base", base)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"bits": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    words = [f"base.name={base}", "federation.recipe=flora", "federation.rounds=1"]
+    scenario = world_scenario(world, *words, "federation.pieces.refactor=fresh(fold=true)")
+    with pytest.raises(ScenarioError, match="choose fold=false"):
+        simulate(scenario, tmp_path / "run")
