@@ -48,8 +48,17 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "rollout": ("federation.cli", "rollout", "Start, watch, halt and roll back a rollout."),
     "fleet": ("federation.cli", "fleet", "List the devices; make enrolment tokens."),
     "device": ("clients.cli", "device", "Enrol and run a device."),
-    "privacy": ("privacy.cli", "privacy", "Plan privacy, explain a statement, read a ledger."),
+    "privacy": (
+        "privacy.cli",
+        "privacy",
+        "Plan privacy, explain a statement, read a ledger, audit.",
+    ),
     "doctor": ("clients.doctor", "doctor", "Check this machine and say what to do."),
+}
+
+# Verbs of a command that need packages which its own package may not import.
+VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "privacy": {"audit": ("simulations.audit_cli", "audit")},
 }
 
 
@@ -84,6 +93,10 @@ def load(name: str) -> click.Command:
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command()(found)
         found = single
+    there = {info.name for info in found.registered_commands}
+    for verb, (place, function) in VERBS.get(name, {}).items():
+        if verb not in there:
+            found.command(verb)(getattr(importlib.import_module(place), function))
     command = typer.main.get_command(found)
     command.name = name
     return command

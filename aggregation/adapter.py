@@ -22,7 +22,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -92,11 +92,10 @@ class Adapter:
                     f"got {value.dtype} of shape {value.shape}"
                 )
             parts.append(np.ascontiguousarray(value, np.float32).data)
-        self._hold(b"".join(parts))
+        self._hold(np.frombuffer(b"".join(parts), np.float32))
 
-    def _hold(self, data: bytes) -> None:
-        """Take the values over. Bytes cannot change: nobody holds a writable alias of them."""
-        vector = np.frombuffer(data, np.float32)
+    def _hold(self, vector: FloatArray) -> None:
+        """Take over a vector of bytes, which cannot change: no alias of them is writable."""
         object.__setattr__(self, "_vector", vector)
         object.__setattr__(self, "tensors", _Tensors(self.spec, vector))
 
@@ -123,14 +122,22 @@ class Adapter:
         """Bytes of all tensors as float32."""
         return 4 * self.spec.size
 
-    @cached_property
-    def extent(self) -> tuple[float, float]:
-        """The least and the largest value; NaN if any value is."""
-        return float(self._vector.min()), float(self._vector.max())
+    def within(self, limit: float) -> bool:
+        """Whether no value is NaN, infinite, or larger in size than the limit.
+
+        No square is larger than the sum of all squares, which takes one pass; only where that says
+        too little are the values looked at one by one. (Rounding cannot hide a large one: a sum of
+        what is positive never falls.)
+        """
+        with np.errstate(over="ignore"):
+            squares = float(self._vector @ self._vector)
+        if squares < 0.99 * limit**2:
+            return True
+        return max(-float(self._vector.min()), float(self._vector.max())) <= limit
 
     def is_finite(self) -> bool:
         """Whether no value is NaN or infinite."""
-        return bool(np.isfinite(self.extent).all())
+        return self.within(float(np.finfo(np.float32).max))
 
     def same_values(self, other: Adapter) -> bool:
         """Whether two adapters have one specification and no value that differs."""
@@ -152,6 +159,10 @@ class Adapter:
     def unpack(cls, spec: AdapterSpec, vector: npt.NDArray[Any]) -> Adapter:
         """The inverse of :meth:`pack`.
 
+        Args:
+            spec: what the values are.
+            vector: copied, unless it is a view of ``bytes``, as what came by a message is.
+
         Raises:
             AdapterError: if the vector has another length or is not of floats.
         """
@@ -162,7 +173,11 @@ class Adapter:
             )
         adapter = object.__new__(cls)
         object.__setattr__(adapter, "spec", spec)
-        adapter._hold(vector.astype(np.float32, copy=False).tobytes())
+        flags, owner = vector.flags, cast(object, vector.base)
+        whole = vector.dtype == np.float32 and flags.c_contiguous and flags.aligned
+        if not (whole and isinstance(owner, bytes)):
+            vector = np.frombuffer(vector.astype(np.float32, copy=False).tobytes(), np.float32)
+        adapter._hold(vector)
         return adapter
 
     @classmethod

@@ -50,6 +50,7 @@ class Admission:
         self._seen: set[tuple[str, int, str]] = set()
         self._clients: set[str] = set()
         self._sketched: int | None = None  # the round that all sketches must be of
+        self._task = state.round + 1, recipe.train.assignment(state.round + 1)
 
     def behind(self, update: Update) -> int:
         """How many versions were closed since the update's start was handed out."""
@@ -113,15 +114,22 @@ class Admission:
         if not (math.isfinite(update.weight) and 0 < update.weight <= MAX_WEIGHT):
             detail = f"weight={update.weight} must be above 0 and at most {MAX_WEIGHT:g}"
             raise _refused(UpdateReason.BAD_WEIGHT, update.client, detail)
-        once = self._recipe.reduce.robust or update.sketches
+        bounded = getattr(self._recipe.private, "central", False)
+        once = self._recipe.reduce.robust or update.sketches or bounded
         if once and update.client in self._clients:
-            detail = "has already sent an update, and a robust rule or a sketch counts heads"
+            detail = "has already sent an update, and a robust rule or a clipped sum counts heads"
             raise _refused(UpdateReason.DUPLICATE, update.client, detail)
         if (update.client, update.round, update.start) in self._seen:
             detail = f"has already sent its update of round {update.round}"
             raise _refused(UpdateReason.DUPLICATE, update.client, detail)
 
     def _known_start(self, update: Update) -> Adapter:
+        if (
+            getattr(self._recipe.private, "central", False)
+            and self._state.round + 1 != update.round
+        ):
+            detail = f"was made for round {update.round}, and the sum to be noised is another one's"
+            raise _refused(UpdateReason.STALE, update.client, detail)
         limit = self._recipe.weigh.max_staleness
         if limit is not None and self.behind(update) > limit:
             detail = f"is {self.behind(update)} versions behind; at most {limit} are taken"
@@ -152,15 +160,16 @@ class Admission:
         return self._current.get(digest)
 
     def _check_values(self, update: Update) -> None:
-        least, largest = update.adapter.extent
-        if not max(-least, largest) <= MAX_VALUE:  # NaN is not
+        if not update.adapter.within(MAX_VALUE):
             for key, value in update.adapter:
                 _check_largest(update.client, key, float(np.max(np.abs(value))))
 
     def _check_frozen(self, update: Update, start: Adapter) -> None:
         """What a client does not send is, bit for bit, what it started from."""
-        assignment = self._recipe.train.assignment(update.round)
-        for key in _frozen(update.adapter.spec, assignment, sketched=bool(update.sketches)):
+        if update.round != self._task[0]:
+            self._task = update.round, self._recipe.train.assignment(update.round)
+        frozen = _frozen(update.adapter.spec, self._task[1], sketched=bool(update.sketches))
+        for key in frozen:
             if not np.array_equal(update.adapter.tensors[key], start.tensors[key]):
                 detail = (
                     f"tensor {key} is frozen in round {update.round} of train="

@@ -12,12 +12,13 @@ which also makes them: a piece by itself says how much noise there is, and nobod
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from aggregation.clipped_sum import CLIP, ClippedSum, Noise, Release
+from aggregation.clipped_sum import CLIP, ClippedSum, Noise, Release, VectorSum
 from aggregation.errors import RecipeError
-from aggregation.parcel_keys import sent_keys
+from aggregation.parcel_keys import sent_keys, sizes
 from aggregation.piece import Piece
 from aggregation.state import GlobalState
 from aggregation.train import Assignment
@@ -61,21 +62,40 @@ class CentralPiece(Piece):
         """Standard deviation of the noise on the sum of vectors, over the clip."""
         return self.noise_multiplier
 
-    def open(
-        self, state: GlobalState, assignment: Assignment, number: int, noise: Noise
-    ) -> ClippedSum:
+    def open(self, state: GlobalState, assignment: Assignment, noise: Noise | None) -> ClippedSum:
         """A new sum for one round.
 
         Args:
             state: after the last round.
             assignment: of the round's clients: says which tensors they send.
-            number: of the round, from 1.
             noise: where noise comes from, for what it costs.
+
+        Raises:
+            RecipeError: without noise.
         """
+        if noise is None:
+            raise RecipeError(
+                f"private={self} adds noise that somebody has to count: begin with noise=..., as "
+                "privacy.cohort_account gives it (a scenario has [client_privacy] for it)"
+            )
         spec = state.adapter.spec
-        release = Release(self.clip, self.multiplier, self.cohort)
         keys = sent_keys(spec, assignment)
-        return ClippedSum(spec, keys, release, number, noise, state.adapter.digest)
+        about = f"{state.adapter.digest} {' '.join(keys)}"
+        size = sum(sizes(keys, spec))
+        return ClippedSum(
+            spec,
+            keys,
+            VectorSum(size, self.release(state), state.round + 1, noise, about),
+            self.adapt(state),
+        )
+
+    def release(self, state: GlobalState) -> Release:
+        """Clip, noise and divisor of the next round."""
+        return Release(self.clip, self.multiplier, self.cohort)
+
+    def adapt(self, state: GlobalState) -> Callable[[float], float] | None:
+        """How the clip moves after the next round; None if it stays."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -144,17 +164,18 @@ class ClientDp(CentralPiece):
             return z
         return float((z**-2 - (2.0 * self.count_std) ** -2) ** -0.5)
 
-    def open(
-        self, state: GlobalState, assignment: Assignment, number: int, noise: Noise
-    ) -> ClippedSum:
-        """A new sum for one round, with the clip that the rounds so far have led to."""
-        fixed = super().open(state, assignment, number, noise)
+    def release(self, state: GlobalState) -> Release:
+        """Clip, noise and divisor of the next round, after the rounds so far."""
         if self.quantile is None:
-            return fixed
-        clip = float(state.buffers[CLIP][0]) if CLIP in state.buffers else self.clip
-        release = Release(clip, self.multiplier, self.cohort, self.count_std)
-        adapt = partial(self.next_clip, clip)
-        return ClippedSum(fixed.spec, fixed.keys, release, number, noise, fixed.start, adapt)
+            return super().release(state)
+        return Release(self._clip(state), self.multiplier, self.cohort, self.count_std)
+
+    def adapt(self, state: GlobalState) -> Callable[[float], float] | None:
+        """How the clip moves after the next round; None if it stays."""
+        return None if self.quantile is None else partial(self.next_clip, self._clip(state))
+
+    def _clip(self, state: GlobalState) -> float:
+        return float(state.buffers[CLIP][0]) if CLIP in state.buffers else self.clip
 
     def next_clip(self, clip: float, share: float) -> float:
         """The clip of the next round.
@@ -212,8 +233,6 @@ class ClientDpFtrl(CentralPiece):
                 )
 
 
-def _within(
-    kind: str, name: str, value: float, least: float, most: float, usual: str
-) -> None:
+def _within(kind: str, name: str, value: float, least: float, most: float, usual: str) -> None:
     if not (math.isfinite(value) and least <= value <= most):
         raise RecipeError(f"{kind}: {name}={value:g} must lie in {least:g}..{most:g}; {usual}")

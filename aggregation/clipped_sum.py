@@ -131,9 +131,12 @@ def clip_update(change: npt.NDArray[np.floating], clip: float) -> Clipped:
         ClipError: if a value is NaN or infinite: there is no such vector.
     """
     vector = np.asarray(change, np.float64)
-    norm = float(np.linalg.norm(vector)) if vector.size else 0.0
-    if not math.isfinite(norm):
+    largest = float(np.max(np.abs(vector), initial=0.0))
+    if not math.isfinite(largest):
         raise ClipError("the update has values that are NaN or infinite, and cannot be clipped")
+    if largest == 0.0:
+        return Clipped(vector, True)
+    norm = largest * float(np.linalg.norm(vector / largest))  # squares do not overflow
     if norm <= clip:
         return Clipped(vector, True)
     return Clipped(vector * (clip / norm * _SHORTER), False)
@@ -150,7 +153,7 @@ def step(clip: float) -> float:
 
 
 def noisy(total: Whole, clip: float, noise: Array) -> Array:
-    """A sum of clipped vectors with noise, float64: the only thing that may leave this module.
+    """A sum of clipped vectors with noise, float64: what the server may look at.
 
     Args:
         total: the sum of :func:`on_grid` of each, however it was formed.
@@ -162,50 +165,113 @@ def noisy(total: Whole, clip: float, noise: Array) -> Array:
 
 
 @dataclass
-class ClippedSum:
-    """One round's sum in progress; an accumulator like those of :mod:`aggregation.reducing`.
+class VectorSum:
+    """One round's sum of vectors in progress.
 
     Attributes:
-        spec: of the global adapter.
-        keys: the tensors that clients send in this round.
+        size: numbers in a vector.
         release: clip, noise and divisor.
         number: of the round, from 1.
         noise: where noise comes from.
-        start: digest of the adapter that the round began with, for the fingerprint.
-        adapt: the clip of the next round from the noisy share of vectors within this one's; None
-            to keep the clip.
+        about: what the vectors are, for the fingerprint.
         total: the sum so far, in steps of the grid.
         balance: how many vectors were within the clip, minus how many were longer.
     """
 
-    spec: AdapterSpec
-    keys: tuple[str, ...]
+    size: int
     release: Release
     number: int
     noise: Noise
-    start: str = ""
-    adapt: Callable[[float], float] | None = None
+    about: str = ""
     total: Whole = field(init=False)
-    balance: int = 0
+    balance: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.total = np.zeros(sum(sizes(self.keys, self.spec)), np.int64)
+        self.total = np.zeros(self.size, np.int64)
 
-    def add(self, adapter: Adapter, start: Adapter, weight: float) -> None:
-        """Clip one client's vector and add it; all weights are equal.
+    def add(self, vector: npt.NDArray[np.floating]) -> None:
+        """Clip one client's vector and add it.
 
         Raises:
-            ClipError: if it has values that are NaN or infinite; the sum is as it was.
+            ClipError: if it has values that are NaN or infinite, or another length; the sum is as
+                it was.
         """
-        clipped = clip_update(transmitted(adapter, start, self.keys), self.release.clip)
+        if vector.shape != self.total.shape:
+            raise ClipError(f"a vector has shape {vector.shape}, expected {self.total.shape}")
+        clipped = clip_update(vector, self.release.clip)
         self.total += on_grid(clipped.vector, self.release.clip)
         self.balance += 1 if clipped.within else -1
 
+    def add_sum(self, vector: Array, clients: int) -> None:
+        """Add the sum of vectors that their clients have clipped, where nobody sees them apart.
+
+        Args:
+            vector: the sum.
+            clients: how many they are; they count as within the clip.
+
+        Raises:
+            ClipError: if it has another length, or is longer than so many clipped vectors can be:
+                somebody did not clip, and nothing can be said of what one client is in it.
+        """
+        if vector.shape != self.total.shape:
+            raise ClipError(f"a sum has shape {vector.shape}, expected {self.total.shape}")
+        norm, most = float(np.linalg.norm(vector)), clients * self.release.clip
+        if not norm <= most * (1 + 1e-9):
+            raise ClipError(
+                f"the sum of {clients} vectors has norm {norm:.4g}, which vectors clipped to "
+                f"{self.release.clip:g} cannot have: somebody did not clip"
+            )
+        self.total += np.rint(vector / step(self.release.clip)).astype(np.int64)
+        self.balance += clients
+
     def inputs(self) -> str:
         """Hex SHA-256 of all that decides what is released, but the noise."""
-        said = (self.number, self.start, self.release, self.keys, self.balance)
+        said = (self.number, self.about, self.release, self.balance)
         vector = self.total.astype("<i8").tobytes()
         return hashlib.sha256(repr(said).encode() + b"\0" + vector).hexdigest()
+
+    def mean(self) -> tuple[Array, float]:
+        """Pay for the noise, add it, and divide by the expected number of clients.
+
+        Returns:
+            The noisy mean; and the noisy share of the vectors that were within the clip, NaN if
+            they are not counted. It may lie outside 0 to 1.
+        """
+        release, normals = self.release, self.noise.pay(self.number, self.inputs())
+        drawn = normals("sum", self.size) * release.multiplier
+        mean = noisy(self.total, release.clip, drawn) / release.cohort
+        if not release.count_std:
+            return mean, math.nan
+        # Each client counts 1/2 or -1/2, so that one more or less moves the sum by 1/2.
+        doubled = np.array([self.balance << _GRID_BITS], np.int64)
+        noise = 2.0 * release.count_std * normals("count", 1)
+        return mean, 0.5 + float(noisy(doubled, 1.0, noise)[0]) / 2.0 / release.cohort
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """One round's sum of updates in progress: an accumulator, see :mod:`aggregation.reducing`.
+
+    Attributes:
+        spec: of the global adapter.
+        keys: the tensors that clients send in this round.
+        vectors: the sum of what they send.
+        adapt: the clip of the next round from the noisy share of vectors within this one's; None
+            to keep the clip.
+    """
+
+    spec: AdapterSpec
+    keys: tuple[str, ...]
+    vectors: VectorSum
+    adapt: Callable[[float], float] | None = None
+
+    def add(self, adapter: Adapter, start: Adapter, weight: float) -> None:
+        """Clip one client's changes and add them; all weights are equal.
+
+        Raises:
+            ClipError: if there are values that are NaN or infinite; the sum is as it was.
+        """
+        self.vectors.add(transmitted(adapter, start, self.keys))
 
     def finish(self, total: float) -> Reduced:
         """The noisy mean over the expected number of clients, however many came.
@@ -213,20 +279,14 @@ class ClippedSum:
         Args:
             total: the weight of those who came; not used, since it is theirs.
         """
-        release, normals = self.release, self.noise.pay(self.number, self.inputs())
-        drawn = normals("sum", len(self.total)) * release.multiplier
-        mean = noisy(self.total, release.clip, drawn) / release.cohort
-        reduced = _spread(self.spec, self.keys, mean)
+        mean, share = self.vectors.mean()
+        reduced = spread(self.spec, self.keys, mean)
         if self.adapt is None:
             return reduced
-        # Each client counts 1/2 or -1/2, so that one more or less moves the sum by 1/2.
-        counted = np.array([self.balance << _GRID_BITS], np.int64)
-        doubled = noisy(counted, 1.0, 2.0 * release.count_std * normals("count", 1))
-        share = 0.5 + float(doubled[0]) / 2.0 / release.cohort
         return replace(reduced, buffers={CLIP: np.array([self.adapt(share)])})
 
 
-def _spread(spec: AdapterSpec, keys: Sequence[str], mean: Array) -> Reduced:
+def spread(spec: AdapterSpec, keys: Sequence[str], mean: Array) -> Reduced:
     """The transmitted vector as a change of the adapter; zero where nothing was transmitted."""
     tensors = {key: np.zeros(shape) for key, shape in spec.shapes().items()}
     seed = core_seed(keys)

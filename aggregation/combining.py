@@ -56,8 +56,8 @@ class Reduction:
         hidden = any(getattr(recipe.private, name, False) for name in ("secure", "central"))
         measured = needed or (measure and not hidden)
         self._central = isinstance(recipe.private, CentralPiece)
-        self._sum = (
-            _noised(recipe, state, noise)
+        self._sum: Accumulator = (
+            recipe.private.open(state, recipe.train.assignment(state.round + 1), noise)
             if self._central
             else recipe.reduce.accumulator(state.adapter.spec, measure=measured)
         )
@@ -154,6 +154,14 @@ class Reduction:
             self._used, self._weight = self._used - 1, self._weight - weight
             del self._shares[client]
 
+    @property
+    def in_any_case(self) -> bool:
+        """Whether this has to be finished even if nobody came: that nobody did is not to be told.
+
+        It is so with noise at the server, which is then all that is released.
+        """
+        return self._central
+
     def lacks(self) -> str:
         """Why what has come so far is too little to finish, with the remedy; empty if it is enough.
 
@@ -184,9 +192,9 @@ class Reduction:
         """Close the round.
 
         Returns:
-            The new state and the report. Without a single usable update the state is the old one;
-            if no client changed anything, only its round number and what the server optimiser
-            still has in motion move on.
+            The new state and the report. Without a single usable update the state is the old one,
+            unless the sum is noised; if no client changed anything, only its round number and what
+            the server optimiser still has in motion move on.
 
         Raises:
             RecipeError: if the recipe cannot make anything sound of what has come, see
@@ -199,16 +207,17 @@ class Reduction:
         if reason:
             raise RecipeError(f"{self._recipe.name}: {reason}")
         self._closed = True
-        if not self._used:
+        if not self._used and not self._central:
             return self._state, self._report(self._state, {})
         recipe, old, number = self._recipe, self._state, self._state.round + 1
-        learnt = bool(self._changed and self._weight)
+        learnt = self._central or bool(self._changed and self._weight)
         if not learnt and not recipe.optimise.stateful:
             same = replace(old, round=number)
             return same, self._report(same, {})
         reduced = self._sum.finish(self._weight) if learnt else nothing(old, recipe.reduce.factors)
         task = recipe.train.assignment(number)
         change, buffers = recipe.optimise.step(old, reduced, task.sends)
+        buffers = {**buffers, **reduced.buffers}
         influence = self._influence(reduced) if learnt else {}
         if is_nothing(change):
             same = replace(old, round=number, buffers=buffers)

@@ -67,7 +67,8 @@ def takes_mixed_ranks(recipe: Recipe) -> bool:
 def _exact(recipe: Recipe) -> bool:
     reduce, refactor = recipe.reduce, recipe.refactor
     lossy = not recipe.codec.lossless or isinstance(recipe.distribute, Sparse) or recipe.warning
-    if lossy or recipe.train.personal or not (reduce.weighted and reduce.delta):
+    noisy = getattr(recipe.private, "central", False)
+    if lossy or noisy or recipe.train.personal or not (reduce.weighted and reduce.delta):
         return False
     if recipe.optimise.stateful:
         return False  # it hands out the mean and what it remembers of earlier ones

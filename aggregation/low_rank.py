@@ -12,6 +12,7 @@ All in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from aggregation.thin_qr import Array, thin_qr
 
 __all__ = ["Array", "LowRank"]
 _SAMPLES = 16
+_CANCELLED = 1e-3  # share of a sum's terms below which too many of its digits are gone
 # Squares of singular values, in units of the largest, above which a Gram matrix resolves them: all
 # of them to 1e-10 of the largest, and the vectors that are wanted to 1e-12.
 _ALL_ABOVE, _WANTED_ABOVE = 1e-11, 1e-3
@@ -94,20 +96,23 @@ class LowRank:
         return float(np.sum((other.B.T @ self.B) * (other.A @ self.A.T)))
 
     def norm(self) -> float:
-        """The Frobenius norm.
+        """The Frobenius norm, to nearly all digits.
 
-        By QR, not by ``inner(self)``: differences of nearly equal matrices keep all their digits.
+        As ``inner(self)`` where its terms add up; where they cancel, as in a difference of nearly
+        equal matrices, by QR, which keeps the digits.
         """
         if self.rank >= min(self.shape):
             return float(np.linalg.norm(self.dense()))
+        cells = (self.B.T @ self.B) * (self.A @ self.A.T)
+        total = float(cells.sum())
+        if total > _CANCELLED * float(np.abs(cells).sum()):
+            return math.sqrt(total)
         terms = self._distinct()
         if terms.rank == 0:
             return 0.0
         return float(np.linalg.norm(thin_qr(terms.B).R @ thin_qr(terms.A.T).R.T))
 
-    def svd(
-        self, most: int | None = None, *, all_rows: bool = False
-    ) -> tuple[Array, Array, Array]:
+    def svd(self, most: int | None = None, *, all_rows: bool = False) -> tuple[Array, Array, Array]:
         """The thin SVD (U, S, Vt), U (d_out, k), S (k,) descending, Vt (k, d_in).
 
         k is the smaller of the dimensions and the number of terms ``b_j a_j`` that are not nothing,
@@ -181,20 +186,25 @@ class LowRank:
         Where clients kept A, or a start comes in once added and once subtracted, that is most of
         the stack; and factors with equal columns would be as ill-conditioned as can be.
         """
-        left, right = self.B, self.A
-        samples = np.ascontiguousarray(right[:, :: _step(right.shape[1])])
-        first = _first_equal(right, samples)
-        keep = first == np.arange(len(first))
-        if not keep.all():
-            place = np.cumsum(keep) - 1
-            left = left[:, keep]
-            for j in np.flatnonzero(~keep):
-                left[:, place[first[j]]] += self.B[:, j]
-            right, samples = right[keep], samples[keep]
-        if samples.any(axis=1).all() and left[:: _step(len(left))].any(axis=0).all():
-            return self if keep.all() else LowRank(left, right)
-        alive = left.any(axis=0) & right.any(axis=1)
-        return LowRank(left[:, alive], right[alive])
+        samples = np.ascontiguousarray(self.A[:, :: _step(self.A.shape[1])])
+        first = _first_equal(self.A, samples)
+        alive = first == np.arange(self.rank)
+        sums: dict[int, Array] = {}
+        for j in np.flatnonzero(~alive).tolist():
+            one = int(first[j])
+            sums[one] = sums.get(one, self.B[:, one]) + self.B[:, j]
+        seen = samples.any(axis=1) & self.B[:: _step(len(self.B))].any(axis=0)
+        for j in np.flatnonzero(alive & ~seen).tolist():
+            alive[j] = self.A[j].any() and (j in sums or self.B[:, j].any())
+        for j, column in sums.items():
+            alive[j] &= column.any()
+        if alive.all():
+            return self
+        left, place = self.B[:, alive], np.cumsum(alive) - 1
+        for j, column in sums.items():
+            if alive[j]:
+                left[:, place[j]] = column
+        return LowRank(left, self.A[alive])
 
 
 def _step(count: int) -> int:

@@ -28,8 +28,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aggregation import choices, describing, named_tensors, soundness
+from aggregation import central_rules, choices, describing, named_tensors, soundness
 from aggregation.adapter import Adapter
+from aggregation.clipped_sum import Noise
 from aggregation.codecs import Float32
 from aggregation.combining import Reduction
 from aggregation.core_basis import enter
@@ -38,6 +39,7 @@ from aggregation.errors import RecipeError
 from aggregation.pieces import ByExamples, FactorNoise, NoPrivacy
 from aggregation.reducing import ProductSum
 from aggregation.refactoring import Svd
+from aggregation.secret_reduction import SecureReduction
 from aggregation.server_optimizer import Sgd
 from aggregation.sketching import Sketch
 from aggregation.spec import AdapterSpec
@@ -155,6 +157,7 @@ class Recipe:
         starts: Mapping[str, Adapter] | None = None,
         measure: bool = True,
         trusted: str = "",
+        noise: Noise | None = None,
     ) -> Reduction:
         """Start an aggregation.
 
@@ -166,13 +169,22 @@ class Recipe:
                 the report can give the error.
             trusted: the client whose update the others are measured against, for a reduce that
                 ``trusts`` (FLTrust); its update is checked like any other and not averaged.
+            noise: where the noise of client-level privacy comes from, for what it costs; see
+                :mod:`aggregation.clipped_sum`.
 
         Raises:
-            RecipeError: if such a reduce has no trusted client, or another one has; or if the
-                adapter is of a type that the recipe cannot aggregate.
+            RecipeError: if such a reduce has no trusted client, or another one has; if there is
+                noise to add and none is given, or the other way round; or if the adapter is of a
+                type that the recipe cannot aggregate.
         """
         self.check_spec(state.adapter.spec)
-        return Reduction(self, state, starts, measure, trusted)
+        if noise is not None and not getattr(self.private, "central", False):
+            raise RecipeError(
+                f"{self.name}: private={self.private} adds no noise to the sum, and would spend "
+                "for nothing; choose private=client-dp, or leave noise out"
+            )
+        kind = SecureReduction if getattr(self.private, "secure", False) else Reduction
+        return kind(self, state, starts, measure, trusted, noise)
 
     def hand_out(self, state: GlobalState, spec: AdapterSpec | None = None) -> Adapter:
         """What a client with this specification starts the next round from.
@@ -206,7 +218,7 @@ class Recipe:
     @property
     def warning(self) -> str:
         """What whoever chooses this recipe should know; empty if there is nothing."""
-        return str(self.private.warning)
+        return str(self.private.warning) or central_rules.advice(self)
 
     def describe(self) -> dict[str, Any]:
         """Properties, as ``airpeft recipes`` shows them; see :mod:`aggregation.describing`."""

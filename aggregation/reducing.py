@@ -74,7 +74,7 @@ class _ProductSum:
         self._others.add(adapter, start, weight)
 
     def finish(self, total: float) -> Reduced:
-        return Reduced(self._products.result(1.0 / total), None, self._others.result(1.0 / total))
+        return Reduced(self._products.result(1.0 / total), None, self._others.finish(1.0 / total))
 
 
 class _FactorMean:
@@ -89,7 +89,7 @@ class _FactorMean:
             self._products.add(adapter, start, weight)
 
     def finish(self, total: float) -> Reduced:
-        means = self._tensors.result(1.0 / total)
+        means = self._tensors.finish(1.0 / total)
         factors = {m.name: (means[m.keys[1]], means[m.keys[0]]) for m in self._spec.modules}
         others = {key: means[key] for key in _others(self._spec)}
         products = self._products.result(1.0 / total) if self._products is not None else {}
@@ -117,7 +117,7 @@ class _RankMean:
         for start, weight in self._starts.values():
             self._fold(start, -weight)
         products = Lazy(self._sums, self._mean)
-        return Reduced(products, None, self._others.result(1.0 / total))
+        return Reduced(products, None, self._others.finish(1.0 / total))
 
     def _mean(self, name: str) -> LowRank:
         sums = self._sums[name]

@@ -38,6 +38,7 @@ from aggregation.spec import AdapterSpec, ModuleSpec
 
 OVERSAMPLE = 4
 MAX_COLUMNS = 4096
+EVERYBODY = "*"  # the name of a secure sum, of which nobody knows the parts
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Answer:
     """What one client has sent in the first pass."""
 
     weight: float
-    sketches: Sketches
+    sketches: Mapping[str, npt.NDArray[np.floating]]
     others: Mapping[str, Array]
 
 
@@ -120,7 +121,7 @@ class SketchSum:
     spec: AdapterSpec
     rule: Sketch
     _first: dict[str, _Answer] = field(default_factory=dict)
-    _second: dict[str, Sketches] = field(default_factory=dict)
+    _second: dict[str, dict[str, npt.NDArray[np.floating]]] = field(default_factory=dict)
     _round: int = 1
     _basis: dict[str, Array] | None = None
 
@@ -159,6 +160,19 @@ class SketchSum:
         self._round = number
         self._first[client] = _Answer(weight, dict(sketches), others)
 
+    def add_first_sum(
+        self, number: int, sketches: Mapping[str, Array], others: Mapping[str, Array]
+    ) -> None:
+        """Note the weighted sum of what all clients send in the first pass; no client is known.
+
+        Args:
+            number: of the round.
+            sketches: the sum of ``w_k Y_k`` by module, float64.
+            others: the sum of the weighted changes of the tensors outside the modules.
+        """
+        self._round = number
+        self._first[EVERYBODY] = _Answer(1.0, dict(sketches), others)
+
     def basis(self) -> dict[str, npt.NDArray[np.float32]]:
         """Q of every module, float32 of shape (d_out, l), for the second pass.
 
@@ -176,7 +190,7 @@ class SketchSum:
         self._basis = {name: q.astype(np.float64) for name, q in ready.items()}
         return ready
 
-    def add_second(self, client: str, sketches: Sketches) -> None:
+    def add_second(self, client: str, sketches: Mapping[str, npt.NDArray[np.floating]]) -> None:
         """Note Z_k by module, of a client whose first pass is in."""
         self._second[client] = dict(sketches)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aggregation import central_rules, codec_soundness, server_rules
+from aggregation import central_rules, codec_soundness, secure_pieces, server_rules
 from aggregation.distributing import Truncate
 from aggregation.folding import Fresh, MeanResidual, SvdFold
 from aggregation.index_mean import IndexMean
@@ -252,4 +252,5 @@ RULES: tuple[Rule, ...] = (
     *codec_soundness.RULES,
     *server_rules.RULES,
     *central_rules.RULES,
+    *secure_pieces.RULES,
 )

@@ -25,7 +25,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from aggregation import peft_types
@@ -170,7 +169,7 @@ class AdapterSpec:
         for key, shape in self.shapes().items():
             out[key] = (first, first + math.prod(shape), shape)
             first = out[key][1]
-        return MappingProxyType(out)
+        return out
 
     @cached_property
     def size(self) -> int:

@@ -69,12 +69,13 @@ class TensorSum:
         fits = len(self._places) == 1 and self._sum.size == len(self._origin)
         self._converted = start if fits else None
 
-    def result(self, factor: float) -> dict[str, Array]:
-        """The sum times a factor, by tensor."""
+    def finish(self, factor: float) -> dict[str, Array]:
+        """The sum times a factor, by tensor; to be asked for once, as nothing is copied."""
+        self._sum *= factor
         out, place = {}, 0
         for key, shape in zip(self._keys, self._shapes, strict=True):
             count = math.prod(shape)
-            out[key] = factor * self._sum[place : place + count].reshape(shape)
+            out[key] = self._sum[place : place + count].reshape(shape)
             place += count
         return out
 

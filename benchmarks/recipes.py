@@ -1,13 +1,14 @@
 """Does the algebra matter for learning? The recipes on the real task, under skew, with mixed ranks.
 
-Run: ``python benchmarks/recipes.py`` (about a quarter of an hour on two cores; ``--quick`` in two
-minutes for a look at the table; ``--json FILE`` writes every single run).
+Run: ``python benchmarks/recipes.py`` (about a quarter of an hour on two idle cores; ``--quick`` in
+two minutes for a look at the table; ``--json FILE`` keeps every single run, and the same command
+goes on where it was interrupted).
 
 Ten clients with very different classes and sizes (Dirichlet 0.3) train MiniLM's two upper layers on
 3,200 sentences. Recipes that take mixed ranks have clients of rank 4, 8 and 16; the others have
 rank 8 everywhere, and the table says which. Each recipe gets the learning rate of the factors, out
-of three, that did best on a partition of its own (another seed) which is not in the table. The table
-shows the mean over three seeds: each is another partition, another held-out set and another
+of three, that did best on a partition of its own (another seed), which is not in the table. The
+table shows the mean over three seeds: each is another partition, another held-out set and another
 initialisation; "spread" is the largest minus the smallest of the three.
 
 On 800 held-out sentences one standard error is about 1.6 points. What lies within the spread is
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from aggregation import durable
 from aggregation.recipes import RECIPES
 from clients.client_app import app as client_app
 from clients.trainer import Trainer
@@ -43,14 +45,12 @@ CHOSEN = (
     "rolora",
     "fedsvd",
     "fed-sb",
-    "fedrot-lora",
     "flora",
     "fedex-lora",
-    "flexlora",
     "raflora",
     "hetlora",
 )
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (1e-4, 5e-4, 2e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 100
 SCENARIO: dict[str, Any] = {
@@ -99,15 +99,29 @@ class Trial:
 class Bench:
     """Runs trials one after the other on the same resident trainers."""
 
-    def __init__(self, pool: list[workers.TrainerWorker], where: Path, quick: bool) -> None:
-        self._pool, self._where, self._quick = pool, where, quick
-        self._count = 0
+    def __init__(
+        self, pool: list[workers.TrainerWorker], where: Path, quick: bool, kept: Path | None
+    ) -> None:
+        self._pool, self._where, self._quick, self._kept = pool, where, quick, kept
+        self.done: list[Trial] = []
+        if kept and kept.is_file():
+            self.done = [Trial(**one) for one in json.loads(kept.read_text())]
 
     def trial(self, recipe: str, rate: float, seed: int) -> Trial:
-        """Train once."""
-        self._count += 1
+        """Train once, or take the result of an earlier, interrupted command."""
+        for one in self.done:
+            if (one.recipe, one.rate, one.seed) == (recipe, rate, seed):
+                return one
+        found = self._train(recipe, rate, seed)
+        self.done.append(found)
+        if self._kept:
+            text = json.dumps([asdict(one) for one in self.done], indent=1)
+            durable.write_bytes(self._kept, text.encode() + b"\n")
+        return found
+
+    def _train(self, recipe: str, rate: float, seed: int) -> Trial:
         scenario = parse(self._document(recipe, rate, seed))
-        with folder.locked(self._where / f"{self._count:03d}-{recipe}") as out:
+        with folder.locked(self._where / f"{len(self.done):03d}-{recipe}") as out:
             run = folder.prepare(scenario, out)
             trainer: Trainer = workers.WorkerTrainer(self._pool[0])
             with LocalGrid(client_app, run.clients, workers=self._pool) as grid:
@@ -146,12 +160,12 @@ def mixed(recipe: str) -> bool:
 
 
 @contextmanager
-def bench(quick: bool) -> Iterator[Bench]:
+def bench(quick: bool, kept: Path | None) -> Iterator[Bench]:
     """Two resident trainers in a folder that vanishes."""
     with tempfile.TemporaryDirectory() as name:
         where = Path(name)
         with workers.pool(2, "minilm", where / "ledger.sqlite", where / "logs") as pool:
-            yield Bench(list(pool), where, quick)
+            yield Bench(list(pool), where, quick, kept)
 
 
 def table(trials: list[Trial], best: dict[str, float]) -> Iterator[str]:
@@ -175,12 +189,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny runs: shows the table only")
-    parser.add_argument("--json", type=Path, help="write every run to this file")
+    parser.add_argument("--json", type=Path, help="keep every run in this file, and go on from it")
     parser.add_argument("--recipes", default=",".join(CHOSEN), help="names, with commas")
     asked = parser.parse_args()
     began, trials, best = time.monotonic(), list[Trial](), dict[str, float]()
     rates, seeds = (RATES[:2], SEEDS[:2]) if asked.quick else (RATES, SEEDS)
-    with bench(asked.quick) as here:
+    with bench(asked.quick, asked.json) as here:
         for recipe in asked.recipes.split(","):
             tried = [here.trial(recipe, rate, TUNING_SEED) for rate in rates]
             best[recipe] = max(tried, key=lambda t: (t.accuracy, -t.loss)).rate
@@ -191,8 +205,6 @@ def main() -> int:
     before = 100 * fmean(t.before for t in trials)
     print(f"accuracy before training {before:.1f}; {len(seeds)} seeds; rates tried {rates}\n")
     print("\n".join(table(trials, best)))
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(t) for t in trials], indent=1) + "\n")
     return 0
 
 

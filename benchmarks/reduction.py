@@ -112,6 +112,7 @@ def contestants(state: GlobalState) -> dict[str, Callable[[Iterator[bytes]], flo
         "fedit, not measured": lambda v: ours("fedit", state, v, measure=False),
         "fedit, with its error": lambda v: ours("fedit", state, v),
         "svd-warm-start": lambda v: ours("svd-warm-start", state, v),
+        "raflora": lambda v: ours("raflora", state, v),
     }
 
 
@@ -157,14 +158,10 @@ def svd_against_dense() -> None:
             def used(stack: LowRank = stack) -> object:
                 return stack.svd(16 + 64)
 
-            tests = {"all singular vectors": stack.svd, "those of svd-warm-start": used}
+            print(f"  {width} x {width}, {kind}:")
             slow = min(seconds(dense) for _ in range(3))
-            for what, thin in tests.items():
+            for what, thin in (("all singular vectors", stack.svd), ("16 + 64 of them", used)):
                 fast = min(seconds(thin) for _ in range(9))
-                slow = min(slow, seconds(dense))
-                label = f"{width} x {width}, {kind}:" if thin == stack.svd else ""
-                if label:
-                    print(f"  {label}")
                 print(
                     f"    {what:<34}{slow:9.3f}{fast:9.4f}{slow / fast:8.0f}x   "
                     f"{peak(thin):8.1f}{peak(dense):8.1f}"
@@ -188,11 +185,10 @@ def one_large_module() -> None:
 def many_large_modules() -> None:
     state = initial_state(initial_adapter(large(4096, 64), 0))
     ours_took = averages("10 updates of 64 modules of 4096 x 4096, r = 16", state, (10,), 1)
-    stack = LowRank.zero(4096, 4096)
-    for data in trained(initial_adapter(large(4096, 1), 0), 10):
-        stack += LowRank.of(
-            Adapter.unpack(large(4096, 1), np.frombuffer(data, "<f4")), "layer.0.query"
-        )
+    one, stack = large(4096, 1), LowRank.zero(4096, 4096)
+    for data in trained(initial_adapter(one, 0), 10):
+        adapter = Adapter.unpack(one, np.frombuffer(data, np.float32))
+        stack += 0.1 * LowRank.of(adapter, one.modules[0].name)
     naive = 64 * seconds(lambda: np.linalg.svd(stack.B @ stack.A, full_matrices=False))
     print(
         f"  dense product and SVD            {naive:7.0f} s, extrapolated from one module of 64: "

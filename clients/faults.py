@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from aggregation.errors import RecipeError
+from aggregation.ring import RingError
+from aggregation.secret_ring import SecretError
 from clients.base import BaseMismatch
 from clients.data import DataError
 from clients.training import ClientJob, PlanError
 from privacy.budget import BudgetError, BudgetExceeded
 from privacy.calibration import CalibrationError
 from privacy.ledger import LedgerError
+from privacy.secure_session import SecureSumError
 
 log = logging.getLogger("airpeft.clients.trainer")
 
@@ -25,6 +28,8 @@ class JobFault(StrEnum):
     BAD_PLAN = "bad-plan"
     BUDGET_EXCEEDED = "budget-exceeded"
     LEDGER = "ledger"
+    OUT_OF_RANGE = "out-of-range"
+    SECURE_SUM = "secure-sum"
     TRAINING_FAILED = "training-failed"
 
 
@@ -53,6 +58,9 @@ _FAULTS: tuple[tuple[type[Exception], JobFault], ...] = (
     (BudgetError, JobFault.BAD_PLAN),
     (CalibrationError, JobFault.BAD_PLAN),
     (RecipeError, JobFault.BAD_PLAN),
+    (RingError, JobFault.OUT_OF_RANGE),
+    (SecretError, JobFault.BAD_PLAN),
+    (SecureSumError, JobFault.SECURE_SUM),
     (LedgerError, JobFault.LEDGER),
 )
 

@@ -21,6 +21,7 @@ from clients.trunk import Features
 from privacy.budget import LocalPrivacy
 from privacy.events import SgdEvent
 from privacy.local import PrivateSgd, poisson_batch
+from privacy.planted import Planted
 from privacy.randomness import Stream, derive
 
 
@@ -59,8 +60,16 @@ class LocalRound:
             steps += 1
         return {"loss": total / seen, "steps": float(steps)}
 
-    def privately(self, privacy: LocalPrivacy, event: SgdEvent) -> dict[str, float]:
-        """Train with DP-SGD exactly as the event says; returns metrics that tell nothing."""
+    def privately(
+        self, privacy: LocalPrivacy, event: SgdEvent, planted: Planted | None = None
+    ) -> dict[str, float]:
+        """Train with DP-SGD exactly as the event says; returns metrics that tell nothing.
+
+        Args:
+            privacy: its clip.
+            event: noise, sampling rate and steps.
+            planted: for an audit, examples besides the client's own.
+        """
         examples, sampling = len(self.labels), self._stream("sampling")
         with PrivateSgd(
             self.peft_model,
@@ -70,6 +79,7 @@ class LocalRound:
             expected_batch=event.sample_rate * examples,
             noise=self._stream("noise"),
             masks=self.attachment.masks,
+            planted=planted,
         ) as private:
             for _ in range(event.steps):
                 private.step(self._losses(poisson_batch(examples, event.sample_rate, sampling)))

@@ -37,6 +37,7 @@ from clients.measuring import Evaluation, measure
 from clients.memory import OWN, ClientMemory, Memories
 from clients.outgoing import chosen_before, outgoing, own_start, with_own
 from clients.rows import Rows
+from clients.secure_desk import SecureDesk, SecureRequest
 from clients.shelf import Shelf
 from clients.spending import private_event, spend
 from clients.training import ClientJob, Owner, PlanError, check_finite
@@ -51,6 +52,7 @@ __all__ = [
     "JobFailure",
     "JobFault",
     "ResidentTrainer",
+    "SecureTrainer",
     "Trainer",
     "private_event",
 ]
@@ -89,6 +91,21 @@ class Trainer(Protocol):
         ...
 
 
+class SecureTrainer(Trainer, Protocol):
+    """What can train, and keeps in its memory what only a secure sum may see."""
+
+    def secure(self, request: SecureRequest) -> dict[str, bytes]:
+        """One step of a secure sum of what was trained with ``ClientJob.secure``.
+
+        Returns:
+            The bytes to answer, by name.
+
+        Raises:
+            SecureSumError: if there is nothing kept, or the sum has to be given up.
+        """
+        ...
+
+
 class ResidentTrainer:
     """Trains and evaluates in this process.
 
@@ -119,11 +136,16 @@ class ResidentTrainer:
         self._shelf = Shelf(base, cache_bytes)
         self._rows = Rows()
         self._lock = threading.Lock()
+        self._desk = SecureDesk(once=device_key is not None)
 
     @property
     def randomness(self) -> str:
         """Where the noise comes from, in the words of the privacy statement."""
         return SEEDED if self._device_key is None else DEVICE
+
+    def secure(self, request: SecureRequest) -> dict[str, bytes]:
+        """One step of a secure sum of what was trained; see :class:`SecureTrainer`."""
+        return self._desk.step(request)
 
     def train(self, jobs: Sequence[ClientJob]) -> list[Update | JobFailure]:
         """Train the jobs one after the other; see :class:`Trainer`."""
@@ -176,6 +198,8 @@ class ResidentTrainer:
         past = memory.before(job.round) if memory else Memories()
         start, chosen = own_start(job, past), chosen_before(job)
         examples = self._rows.to_train(job.data, spec.labels, job.client, assignment.holdout)
+        if job.secure:
+            self._desk.check(job, float(len(examples)))
         key, fingerprint = self._keys(job, start, examples)
         features = self._shelf.features(peft_model, examples, job.plan.max_length, job.beside)
         classes = torch.tensor(examples.labels)
@@ -211,7 +235,7 @@ class ResidentTrainer:
             )
         if memory:
             memory.write(job.round, memories)
-        return made.update
+        return self._desk.keep(job, made.update) if job.secure else made.update
 
     def _memory(self, job: ClientJob) -> ClientMemory | None:
         """Where the client keeps things, if it has a place and something to keep.

@@ -19,6 +19,8 @@ from aggregation.train import Assignment
 from aggregation.update import Update
 from clients.data import DataSource, Examples
 from clients.faults import JobFailure, JobFault
+from clients.secure_desk import SecureRequest
+from clients.secure_identity import SecureIdentity
 from clients.trainer_wire import Frame, TrainerError
 from clients.training import ClientJob, Owner, TrainingPlan
 from privacy.budget import LocalPrivacy
@@ -141,6 +143,41 @@ def evaluation_from(
     return adapter, data_from(header["data"]), int(header["max_length"]), tuple(beside), owner
 
 
+def secure_frame(request: SecureRequest) -> Frame:
+    """A request for one step of a secure sum."""
+    header = {key: value for key, value in vars(request).items() if key not in ("blobs", "step")}
+    header |= {"verb": "secure", "step": request.step, "names": list(request.names)}
+    header |= {"identity": request.identity.to_mapping(), "keys": list(request.blobs)}
+    return Frame(header, (), list(request.blobs.values()))
+
+
+def secure_from(frame: Frame) -> SecureRequest:
+    """The inverse of :func:`secure_frame`."""
+    said = frame.header
+    return SecureRequest(
+        client=str(said["client"]),
+        run=str(said["run"]),
+        round=int(said["round"]),
+        part=int(said["part"]),
+        step=str(said["step"]),
+        names=tuple(str(name) for name in said["names"]),
+        blobs=named_from(frame),
+        dropouts=float(said["dropouts"]),
+        corrupt=float(said["corrupt"]),
+        identity=SecureIdentity(**said["identity"]),
+    )
+
+
+def named_frame(blobs: Mapping[str, bytes]) -> Frame:
+    """An answer of bytes by name."""
+    return Frame({"keys": list(blobs)}, (), list(blobs.values()))
+
+
+def named_from(frame: Frame) -> dict[str, bytes]:
+    """The inverse of :func:`named_frame`."""
+    return dict(zip(frame.header["keys"], frame.blobs, strict=True))
+
+
 def data_header(data: Examples | DataSource) -> dict[str, Any]:
     """Examples by value, or where they are."""
     if isinstance(data, Examples):
@@ -168,6 +205,7 @@ def _job_header(job: ClientJob) -> dict[str, Any]:
         "codec": job.codec,
         "beside": len(job.beside),
         "memory": _path_header(job.memory),
+        "secure": dict(job.secure),
     }
 
 
@@ -186,6 +224,7 @@ def _job_from(header: Mapping[str, Any], adapters: Iterator[Adapter]) -> ClientJ
         codec=str(header["codec"]),
         beside=tuple(_next(adapters) for _ in range(int(header["beside"]))),
         memory=_path_from(header["memory"]),
+        secure=dict(header["secure"]),
     )
 
 

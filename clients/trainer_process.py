@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from aggregation.update import Update
     from clients.data import DataSource, Examples
     from clients.faults import JobFailure
+    from clients.secure_desk import SecureRequest
     from clients.trainer import Evaluation, ResidentTrainer
     from clients.trainer_wire import Frame
     from clients.training import ClientJob, Owner
 
 REQUEST_SECONDS = 30.0  # for a request to arrive whole; training itself takes what it takes
+# Which of these it was is for the log of that process.
+_SECURE_SUM_ERRORS = ("SecureSumError", "SecureSumAborted", "RosterError", "IdentityError")
 MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path, unix(7)
 
 log = logging.getLogger("airpeft.clients.trainer_process")
@@ -86,6 +89,17 @@ class TrainerClient:
         answer = self._ask(frame).header
         return Evaluation(answer["accuracy"], answer["loss"], answer["examples"])
 
+    def secure(self, request: SecureRequest) -> dict[str, bytes]:
+        """One step of a secure sum there; as in ``SecureTrainer``.
+
+        Raises:
+            SecureSumError: as in ``SecureTrainer``.
+            TrainerError: if the process cannot be reached or ended meanwhile.
+        """
+        from clients import trainer_headers as headers
+
+        return headers.named_from(self._ask(headers.secure_frame(request)))
+
     def wait_ready(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
         """Wait until the process has loaded its model.
 
@@ -113,6 +127,7 @@ class TrainerClient:
         from clients import trainer_wire as wire
         from clients.base import BaseMismatch
         from clients.data import DataError
+        from privacy.secure_session import SecureSumError
 
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -125,7 +140,11 @@ class TrainerClient:
                 f"{self.path}: no trainer answers ({error}); is the process running?"
             ) from error
         if "error" in answer.header:
-            kinds = {"DataError": DataError, "BaseMismatch": BaseMismatch}
+            kinds: dict[str, type[Exception]] = {
+                "DataError": DataError,
+                "BaseMismatch": BaseMismatch,
+            }
+            kinds |= dict.fromkeys(_SECURE_SUM_ERRORS, SecureSumError)
             kind = kinds.get(answer.header["kind"], wire.TrainerError)
             raise kind(answer.header["error"])
         return answer
@@ -162,6 +181,8 @@ def _answer(connection: socket.socket, trainer: ResidentTrainer) -> None:
             adapter, data, length, beside, owner = headers.evaluation_from(frame)
             found = trainer.evaluate(adapter, data, max_length=length, beside=beside, owner=owner)
             answer = wire.Frame(asdict(found))
+        elif verb == "secure":
+            answer = headers.named_frame(trainer.secure(headers.secure_from(frame)))
         else:
             answer = wire.Frame({"error": f"unknown verb {verb!r}", "kind": "TrainerError"})
     except (ClientError, PrivacyError, AggregationError) as error:

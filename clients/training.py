@@ -172,6 +172,8 @@ class ClientJob:
         codec: how the values that are sent travel, as a recipe writes its piece.
         beside: frozen adapters that are applied beside the trained one.
         memory: folder of what the client keeps from round to round; None keeps nothing.
+        secure: how its numbers enter a secure sum (``aggregation.secret_ring.Ring.to_mapping``):
+            the update then stays on the desk of the trainer; empty to give it out.
     """
 
     client: str
@@ -186,6 +188,7 @@ class ClientJob:
     codec: str = "float32"
     beside: tuple[Adapter, ...] = ()
     memory: Path | None = None
+    secure: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

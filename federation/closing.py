@@ -39,13 +39,16 @@ def close(
         refused=taken.refused,
         bytes_down=bytes_down,
         bytes_up=taken.nbytes,
-        weights={client: update.weight for client, update in used.items()},
+        weights={client: update.weight for client, update in used.items() if update.weight},
+        secure=taken.secure,
         privacy_events={c: dict(u.privacy_event) for c, u in used.items() if u.privacy_event},
         client_metrics={client: dict(update.metrics) for client, update in used.items()},
     )
-    wanted = max(1, min_updates)
+    wanted = 0 if taken.reduction.in_any_case else max(1, min_updates)
     reason = taken.reduction.lacks()
-    if len(used) < wanted:
+    if taken.given_up and not taken.reduction.in_any_case:
+        reason = taken.given_up
+    elif len(used) < wanted:
         reason = f"{len(used)} usable updates, {wanted} are needed"
     found = reason or _step(taken)
     if isinstance(found, str):

@@ -17,6 +17,7 @@ from aggregation.adapter import Adapter
 from aggregation.assignment import Assignment
 from aggregation.errors import RecipeError
 from aggregation.recipe import Recipe
+from aggregation.secret_ring import Ring
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState
 from federation.rounds import RoundsConfig
@@ -54,6 +55,7 @@ class HandingOut:
         self._handed: dict[str, Adapter] = {}  # by digest of the specification
         self._beside: tuple[Adapter, ...] = ()
         self._made: dict[tuple[str, ...], Sent] = {}
+        self.ring: Ring | None = None  # of the round's secure sum, if it has one
 
     def begin(self, state: GlobalState, number: int, beside: tuple[Adapter, ...] = ()) -> None:
         """From now on, hand out this state, in this round.
@@ -127,6 +129,7 @@ class HandingOut:
                 assignment=assignment.to_mapping(),
                 codec=str(self._recipe.codec),
                 beside=self._beside,
+                secure=self.ring.to_mapping() if self.ring else {},
             )
             self._made[key] = _sent(flower.train_task_record(task, held))
         return self._made[key]

@@ -8,8 +8,9 @@ not refused yet: it is to be asked again, with everything.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flwr.app import Message
 
@@ -51,6 +52,7 @@ class Expected:
         codec: how values travel.
         assignment: what a client was asked, by its name.
         start: an adapter that was handed out, by its digest.
+        secure: whether clients keep their updates for a secure sum, and say that they are ready.
         small: the global adapter; it stands for what is summed up already, since only the small
             fields of a used update are kept.
     """
@@ -60,6 +62,7 @@ class Expected:
     assignment: Callable[[str], Assignment]
     start: Callable[[str], Adapter | None]
     small: Adapter
+    secure: bool = False
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Intake:
         refused: why each other one is not in it, by client.
         lacking: clients that have lost what was left out of their tasks.
         nbytes: bytes of the arrays of all replies, of refused ones too.
+        given_up: why the round's secure sum was given up; empty if it was not.
+        secure: what is to be recorded of it.
     """
 
     expected: Expected
@@ -83,6 +88,8 @@ class Intake:
     refused: dict[str, str] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
     nbytes: int = 0
+    given_up: str = ""
+    secure: Mapping[str, Any] = field(default_factory=dict)
 
     def take(self, replies: Iterable[tuple[Message, str, float]]) -> None:
         """Judge replies.
@@ -118,6 +125,8 @@ class Intake:
             return flower.fault_of(reply)
         self.nbytes += flower.record_bytes(reply.content)
         want = self.expected
+        if want.secure:
+            return self._judge_ready(reply, client)
         try:
             update = flower.update_from(
                 reply.content, want.start, assignment=want.assignment(client), codec=want.codec
@@ -137,4 +146,23 @@ class Intake:
             _log.info("round %d: %s", want.round, error)
             return error.reason.value
         self.used[client] = replace(update, adapter=want.small, parcel=None, sketches={})
+        return ""
+
+    def _judge_ready(self, reply: Message, client: str) -> str:
+        """As :meth:`_judge`, where the update stays on the client."""
+        want = self.expected
+        try:
+            ready = flower.ready_from(reply.content)
+        except flower.RecordError as error:
+            _log.warning("round %d: %s sent a malformed reply: %s", want.round, client, error)
+            return MALFORMED
+        if ready.client != client:
+            return WRONG_CLIENT
+        if ready.round != want.round:
+            return WRONG_ROUND
+        if want.start(ready.start) is None:
+            return "unknown-start"
+        self.used[client] = Update(
+            client, want.round, ready.start, want.small, 0.0, ready.privacy_event, ready.metrics
+        )
         return ""

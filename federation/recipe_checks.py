@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 from aggregation.describing import takes_mixed_ranks
+from aggregation.errors import RecipeError
 from aggregation.recipe import Recipe
 from aggregation.recipes import RECIPES
+from aggregation.secure_pieces import ring_of
 from federation.errors import FederationError
 
+FEWEST = 3  # members of a secure sum
 BUFFER = 10  # updates in a step of a recipe without rounds: the K of FedBuff, 2106.06639
 
 
@@ -96,11 +99,27 @@ def check_recipe(
         expected = buffer_size(buffer, clients, fraction)
     if trusted:
         expected = min(clients, expected + 1)
+    if getattr(chosen.private, "secure", False):
+        _check_secure(chosen, expected, clients, sampling)
     reason = chosen.reduce.needs(expected)
     if reason:
         raise RoundsError(
             f"recipe {chosen.name} with {expected} of {clients} clients in a round: {reason}"
         )
+
+
+def _check_secure(chosen: Recipe, expected: int, clients: int, sampling: str) -> None:
+    most = clients if sampling == "poisson" else expected
+    if most < FEWEST:
+        raise RoundsError(
+            f"private={chosen.private} with {expected} of {clients} clients in a round: the sum of "
+            f"two tells each of them the other's update; have at least {FEWEST}, or choose "
+            "private=none"
+        )
+    try:
+        ring_of(chosen, most)
+    except RecipeError as error:
+        raise RoundsError(f"private={chosen.private} with {most} clients: {error}") from None
 
 
 def _check_buffer(chosen: Recipe, size: int, clients: int, min_updates: int) -> None:

@@ -20,13 +20,15 @@ from typing import Any
 from aggregation.errors import RecipeError
 from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
+from federation.client_privacy import with_client_privacy
 from federation.recipe_checks import RoundsError, check_recipe
+from privacy.central import CentralPrivacy
 
 __all__ = ["LATE", "TOO_SMALL", "Round", "RoundsConfig", "RoundsError"]
 LATE = "late"
 TOO_SMALL = "max-rank"
 # Fields that records of older versions do not have.
-_LATER = {"personal", "bytes_measuring", "influence", "unchanged"}
+_LATER = {"personal", "bytes_measuring", "influence", "unchanged", "client_events", "secure"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class RoundsConfig:
             asked in every round. Empty for none.
         buffer: how many updates make a step of a recipe without rounds; None for its own.
         max_staleness: such a recipe refuses updates that started more steps ago; None for its own.
+        client_privacy: what is promised to every client as a whole; None for nothing. It has the
+            ``rounds``, ``clients``, ``fraction`` and ``sampling`` of the run.
 
     Raises:
         RoundsError: if a number is out of its bounds, or the recipe cannot be used like this.
@@ -82,6 +86,7 @@ class RoundsConfig:
     trusted: str = ""
     buffer: int | None = None
     max_staleness: int | None = None
+    client_privacy: CentralPrivacy | None = None
 
     def __post_init__(self) -> None:
         bounds = {
@@ -97,6 +102,11 @@ class RoundsConfig:
         for name, sound in bounds.items():
             if not sound:
                 raise RoundsError(f"{name}={getattr(self, name)!r} is out of its bounds")
+        if self.client_privacy is not None:
+            for name in ("rounds", "clients", "fraction", "sampling"):
+                mine, promised = getattr(self, name), getattr(self.client_privacy, name)
+                if mine != promised:
+                    raise RoundsError(f"client_privacy counts {name}={promised!r}, not {mine!r}")
         check_recipe(
             self.chosen(),
             clients=self.clients,
@@ -122,9 +132,11 @@ class RoundsConfig:
             if self.max_staleness is not None and chosen.weigh.max_staleness is not None:
                 weigh = replace(chosen.weigh, max_staleness=self.max_staleness)
                 chosen = replace(chosen, weigh=weigh)
-            return chosen
         except RecipeError as error:
             raise RoundsError(str(error)) from error
+        return with_client_privacy(
+            chosen, self.client_privacy, pieces=self.pieces, min_updates=self.min_updates
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +169,12 @@ class Round:
         influence: share of each used update in the result, by client: its part of the weights, or
             what a robust rule made of it.
         unchanged: why the adapter stayed as it was; empty if it did not.
+        client_events: what the round spent on every client of the federation, as the server's
+            ledger has it: one event, more if it was repeated with other updates.
+        secure: of a secure sum: ``members`` and ``threshold`` of the last session, how many clients
+            were ``summed`` and their ``weight``, the ``bound`` on the error of each value of their
+            mean, ``dropped`` with step and reason by client, and why it was ``given_up``. The
+            ``weights`` of single clients are then not known.
     """
 
     number: int
@@ -178,6 +196,8 @@ class Round:
     bytes_measuring: int = 0
     influence: Mapping[str, float] = field(default_factory=dict)
     unchanged: str = ""
+    client_events: tuple[Mapping[str, Any], ...] = ()
+    secure: Mapping[str, Any] = field(default_factory=dict)
 
     def to_document(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -196,5 +216,6 @@ class Round:
                 f"a round has exactly the fields {', '.join(sorted(names))}; "
                 f"got {', '.join(sorted(document))}"
             )
-        lists = {name: tuple(document[name]) for name in ("cohort", "used")}
+        names = {"cohort", "used", "client_events"} & set(document)
+        lists = {name: tuple(document[name]) for name in names}
         return cls(**{**document, **lists})

@@ -23,7 +23,9 @@ from flwr.serverapp.strategy import Strategy
 
 from aggregation.adapter import Adapter
 from aggregation.beside import residual_adapters
+from aggregation.combining import Reduction
 from aggregation.errors import RecipeError
+from aggregation.secure_pieces import ring_of
 from aggregation.state import GlobalState
 from federation import cohort, personal
 from federation.checkpoint import Checkpoints
@@ -34,6 +36,7 @@ from federation.requests import Requests
 from federation.result import Evaluate, TrainingResult
 from federation.roll_call import RollCall
 from federation.rounds import TOO_SMALL, Round, RoundsConfig
+from federation.secure_exchange import layout_of, sum_up
 from federation.sketch_exchange import second_pass
 from protos import flower
 
@@ -113,9 +116,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         began = self._clock()
         self._exchange(grid, self.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         self._ask_again(grid, number)
-        self._bytes_down += second_pass(
-            grid, self._taking(), self._nodes, self._config, self._clock
-        )
+        self._bytes_down += self._further_passes(grid)
         self._close_round()
         metrics = dict(self._measure())
         metrics |= self._ask_for_measurements(grid, number)
@@ -132,17 +133,17 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             config: not used: the settings came with the strategy.
             grid: asked which nodes are there.
         """
-        cfg, adapter = self._config, self._state.adapter
+        adapter = self._state.adapter
         self._nodes = self._roll_call.present(grid)
         self._handing.begin(self._state, server_round, self._beside())
-        drawn = cohort.draw(self._nodes, server_round, cfg.fraction, cfg.sampling, cfg.seed)
-        if cfg.trusted in self._nodes:
-            drawn = tuple(sorted({*drawn, cfg.trusted}))
+        drawn = self._draw(server_round)
         able = tuple(client for client in drawn if self._can_train(client))
         reason = self._recipe.reduce.needs(len(able))
         if reason:
             _log.warning("round %d: nobody is asked: %s", server_round, reason)
             able = drawn = ()
+        if getattr(self._recipe.private, "secure", False):
+            self._handing.ring = ring_of(self._recipe, max(3, len(able)))
         self._requests = Requests(self._clock)
         self._bytes_down = 0
         self._round = Round(
@@ -200,9 +201,19 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             assignment=self._handing.assignment,
             start=lambda digest: self._handing.starts.get(digest),
             small=self._state.adapter,
+            secure=self._handing.ring is not None,
         )
-        reduction = self._recipe.begin(self._state, trusted=self._config.trusted)
-        return Intake(expected, reduction, self._on_reply)
+        return Intake(expected, self._reduction(), self._on_reply)
+
+    def _reduction(self) -> Reduction:
+        return self._recipe.begin(self._state, trusted=self._config.trusted)
+
+    def _draw(self, number: int) -> tuple[str, ...]:
+        """Who is asked in a round."""
+        cfg = self._config
+        drawn = cohort.draw(self._nodes, number, cfg.fraction, cfg.sampling, cfg.seed)
+        trusted = {cfg.trusted} & set(self._nodes)
+        return tuple(sorted({*drawn, *trusted})) if trusted else drawn
 
     def _taking(self) -> Intake:
         assert self._intake is not None  # noqa: S101 - configure_train comes first
@@ -212,6 +223,14 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
         """Send messages and judge what comes back."""
         replies = grid.send_and_receive(messages, timeout=self._config.deadline_seconds)
         self._taking().take(self._requests.match(replies))
+
+    def _further_passes(self, grid: Grid) -> int:
+        """What the recipe needs of the clients once they have trained; gives the bytes sent."""
+        taken, ring = self._taking(), self._handing.ring
+        if ring is None:
+            return second_pass(grid, taken, self._nodes, self._config, self._clock)
+        layout = layout_of(self._recipe, self._state, ring)
+        return sum_up(grid, taken, self._nodes, self._config, layout, self._clock)
 
     def _ask_again(self, grid: Grid, number: int) -> None:
         """Clients that have lost what they were believed to have get everything, once."""

@@ -33,7 +33,17 @@ from typing import Any
 from privacy.audit_bound import AuditError, guess, lower_bound, p_value, widest_gap
 from privacy.audit_canaries import Canaries
 
-__all__ = ["CONFIDENCE", "Audit", "AuditError", "canaries_for", "ceiling", "judge", "refutable"]
+__all__ = [
+    "CONFIDENCE",
+    "Audit",
+    "AuditError",
+    "canaries_for",
+    "ceiling",
+    "check_claim",
+    "judge",
+    "most",
+    "refutable",
+]
 
 SHARES = (1.0, 0.05)  # of the canaries that are guessed about
 CONFIDENCE = 0.95
@@ -110,7 +120,7 @@ def judge(
     Raises:
         AuditError: if no step was seen, or an argument is out of its bounds.
     """
-    _check(claimed, delta, confidence)
+    check_claim(claimed, delta, confidence)
     if not canaries.steps:
         raise AuditError("the mechanism has released nothing: run it with the canaries first")
     count, best = len(canaries), (-1.0, 0, 0)
@@ -146,9 +156,9 @@ def judge(
 
 def refutable(canaries: int, claimed: float, delta: float, confidence: float = CONFIDENCE) -> bool:
     """Whether so many canaries refute a claim if every single guess is right."""
-    _check(claimed, delta, confidence)
+    check_claim(claimed, delta, confidence)
     counts = {int(share * canaries) for share in SHARES} - {0}
-    return math.isfinite(claimed) and any(
+    return any(
         p_value(canaries=canaries, guesses=n, right=n, epsilon=claimed, delta=delta)
         < 1.0 - _each(confidence)
         for n in counts
@@ -181,6 +191,16 @@ def canaries_for(
     return count
 
 
+def most(canaries: int, delta: float, confidence: float = CONFIDENCE) -> float:
+    """The lower bound that so many canaries give if every single guess is right."""
+    return max(
+        lower_bound(
+            canaries=canaries, guesses=n, right=n, delta=delta, confidence=_each(confidence)
+        )
+        for n in (int(share * canaries) for share in SHARES)
+    )
+
+
 def ceiling(delta: float, confidence: float = CONFIDENCE) -> float:
     """The epsilon that no number of canaries refutes at this delta.
 
@@ -206,9 +226,17 @@ def _each(confidence: float) -> float:
     return 1.0 - (1.0 - confidence) / len(SHARES)
 
 
-def _check(claimed: float, delta: float, confidence: float) -> None:
-    if not claimed > 0:
-        raise AuditError(f"claimed={claimed} must be above 0: an epsilon that is promised")
+def check_claim(claimed: float, delta: float, confidence: float) -> None:
+    """Refuse to audit what promises nothing.
+
+    Raises:
+        AuditError: naming what is out of its bounds.
+    """
+    if not (math.isfinite(claimed) and claimed > 0):
+        raise AuditError(
+            f"a claimed epsilon of {claimed:g} promises nothing that could be audited: it must be "
+            "a number above 0, so use noise"
+        )
     if not 0 < delta < 1:
         raise AuditError(f"delta={delta} must be above 0 and below 1")
     if not 0 < confidence < 1:

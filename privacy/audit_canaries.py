@@ -128,7 +128,15 @@ class Canaries:
 
         Args:
             total: (d,), the noisy sum; what is known of the real data may be taken off it.
+
+        Raises:
+            AuditError: if it is not finite.
         """
+        if not np.isfinite(total).all():
+            raise AuditError(
+                f"step {self.steps + 1} released a number that is not finite: the training "
+                "diverged; lower its learning rate"
+            )
         along = (total[self._where] * self._units).sum(axis=1) / self.event.max_grad_norm
         self.scores += log_ratio(along, self.event.noise_multiplier, self.event.sample_rate)
         self._quiet += float((along[~self.planted] ** 2).sum())

@@ -60,8 +60,8 @@ class PrivacyBudget:
     unit: Unit = Unit.EXAMPLE
 
     def __post_init__(self) -> None:
-        _epsilon(self.epsilon)
-        _delta(self.delta)
+        check_epsilon(self.epsilon)
+        check_delta(self.delta)
         object.__setattr__(self, "unit", Unit(self.unit))
 
 
@@ -92,9 +92,9 @@ class LocalPrivacy:
     accountant: Accountant = Accountant.RDP
 
     def __post_init__(self) -> None:
-        _delta(self.delta)
+        check_delta(self.delta)
         if self.epsilon is not None:
-            _epsilon(self.epsilon)
+            check_epsilon(self.epsilon)
         sigma = self.noise_multiplier
         if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
             raise BudgetError(f"noise_multiplier={sigma} must be a number of at least 0")
@@ -109,13 +109,7 @@ class LocalPrivacy:
             raise BudgetError(f"max_grad_norm={self.max_grad_norm} must be above 0")
         if type(self.rounds) is not int or self.rounds < 1:
             raise BudgetError(f"rounds={self.rounds!r} must be a whole number of at least 1")
-        try:
-            object.__setattr__(self, "accountant", Accountant(self.accountant))
-        except ValueError:
-            raise BudgetError(
-                f"accountant={self.accountant!r} is not one of {', '.join(Accountant)} "
-                "(gdp is not offered: it under-states epsilon)"
-            ) from None
+        object.__setattr__(self, "accountant", check_accountant(self.accountant))
 
     def budget(self) -> PrivacyBudget | None:
         """What a client's ledger may reach, or None if only the noise is prescribed."""
@@ -165,11 +159,36 @@ class LocalPrivacy:
         return cls(**clean)
 
 
-def _epsilon(value: float) -> None:
+def check_accountant(value: str) -> Accountant:
+    """The accountant of this name.
+
+    Raises:
+        BudgetError: if there is none.
+    """
+    try:
+        return Accountant(value)
+    except ValueError:
+        raise BudgetError(
+            f"accountant={value!r} is not one of {', '.join(Accountant)} "
+            "(gdp is not offered: it under-states epsilon)"
+        ) from None
+
+
+def check_epsilon(value: float) -> None:
+    """Refuse an epsilon that is not a positive number.
+
+    Raises:
+        BudgetError: saying what is usual.
+    """
     if not (math.isfinite(value) and value > 0):
         raise BudgetError(f"epsilon={value} must be above 0; usual values are 1 to 10")
 
 
-def _delta(value: float) -> None:
+def check_delta(value: float) -> None:
+    """Refuse a delta that is no probability, or is certain.
+
+    Raises:
+        BudgetError: saying what is allowed.
+    """
     if not 0 < value < 1:
         raise BudgetError(f"delta={value} must be above 0 and below 1, and at most 1/n")

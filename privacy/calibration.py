@@ -24,7 +24,7 @@ from dp_accounting import dp_event, pld, rdp
 
 from privacy.budget import Accountant, BudgetError
 from privacy.errors import PrivacyError
-from privacy.events import SgdEvent
+from privacy.events import Event, SgdEvent
 
 # Whole orders have a closed form and cost a hundredth of the others (Mironov et al. 2019, section
 # 3.3); the few fractional ones keep the bound within 4 % of that of the finest grid.
@@ -51,12 +51,13 @@ class CalibrationError(PrivacyError):
 
 
 def epsilon(
-    events: Sequence[SgdEvent], delta: float, accountant: Accountant | str = Accountant.RDP
+    events: Sequence[Event], delta: float, accountant: Accountant | str = Accountant.RDP
 ) -> float:
     """Epsilon of all these events together, at this delta.
 
     Args:
-        events: in any order; noise, rate and number of steps may differ.
+        events: in any order; noise, rate and number of steps may differ. All are of one unit:
+            what is spent on examples and on clients does not add up.
         delta: above 0 and below 1.
         accountant: how to compose.
 
@@ -70,7 +71,8 @@ def epsilon(
         raise BudgetError(f"delta={delta} must be above 0 and below 1")
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
-        steps[event.noise_multiplier, event.sample_rate] += event.steps
+        if event.steps:
+            steps[event.noise_multiplier, event.sample_rate] += event.steps
     if any(sigma == 0 for sigma, _ in steps):
         return math.inf
     if not steps:

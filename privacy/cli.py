@@ -26,7 +26,7 @@ privacy = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Plan a privacy budget, explain an adapter's statement, read a ledger.",
+    help="Plan a privacy budget, explain a statement, read a ledger, audit a mechanism.",
     epilog="For example: airpeft privacy plan --epsilon 8 --sample-rate 0.1 --steps 100 "
     "--delta 1e-5",
 )
@@ -46,6 +46,13 @@ class AccountantName(StrEnum):
     PLD = "pld"
 
 
+class UnitName(StrEnum):
+    """What neighbouring data sets differ in, by name."""
+
+    EXAMPLE = "example"
+    CLIENT = "client"
+
+
 AsFormat = Annotated[Format, typer.Option("--format", help="Table for people, JSON for programs.")]
 ByAccountant = Annotated[
     AccountantName, typer.Option(help="rdp: a safe bound, fast; pld: tight, slower.")
@@ -54,7 +61,7 @@ ByAccountant = Annotated[
 
 @privacy.callback()
 def main() -> None:
-    """Plan a privacy budget, explain an adapter's statement, read a ledger."""
+    """Plan a privacy budget, explain a statement, read a ledger, audit a mechanism."""
 
 
 @privacy.command()
@@ -62,8 +69,10 @@ def plan(
     sample_rate: Annotated[
         float, typer.Option(help="Expected batch over number of examples: above 0, at most 1.")
     ],
-    steps: Annotated[int, typer.Option(help="Steps of training; of each round, with --rounds.")],
     delta: Annotated[float, typer.Option(help="Below 1 over the number of examples.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of training; of each round, with --rounds.")
+    ] = None,
     noise_multiplier: Annotated[
         float | None, typer.Option(help="Noise over the clipping norm; prints epsilon.")
     ] = None,
@@ -76,13 +85,18 @@ def plan(
     examples: Annotated[
         int | None, typer.Option(help="The client's rows; delta is checked against them.")
     ] = None,
+    unit: Annotated[
+        UnitName, typer.Option(help="What is protected; of client, read clients for examples.")
+    ] = UnitName.EXAMPLE,
     accountant: ByAccountant = AccountantName.RDP,
     format: AsFormat = Format.TABLE,  # noqa: A002 - the name of the option
 ) -> None:
     """What a training will cost: epsilon from noise, or noise from epsilon.
 
     With both, how many rounds the epsilon pays for. Neighbouring data differ by one example added
-    or removed; each step draws every example on its own.
+    or removed; each step draws every example on its own. With --unit client, noise is on the sum
+    of clients' updates, and a round is one step: --sample-rate is the probability with which every
+    client is drawn on its own, and 1 where cohorts are drawn in any other way.
 
     For example:
 
@@ -91,20 +105,25 @@ def plan(
       airpeft privacy plan --epsilon 8 --sample-rate 0.08 --steps 26 --rounds 5 --delta 1e-5
 
       airpeft privacy plan --epsilon 8 --noise-multiplier 1 --sample-rate 0.1 --steps 9 --delta 1e-5
+
+      airpeft privacy plan --unit client --epsilon 4 --sample-rate 0.05 --rounds 100 --delta 1e-4
     """
     with _plain_errors("plan"):
-        from privacy.budget import Accountant
+        from privacy.budget import Accountant, BudgetError, Unit
         from privacy.planning import Plan, by_accountant
 
+        if steps is None and unit is UnitName.EXAMPLE:
+            raise BudgetError("--steps is missing: the steps of training, of each round")
         asked = Plan(
             sample_rate=sample_rate,
-            steps=steps,
+            steps=1 if steps is None else steps,
             delta=delta,
             rounds=1 if rounds is None else rounds,
             noise_multiplier=noise_multiplier,
             epsilon=epsilon,
             examples=examples,
             accountant=Accountant(accountant.value),
+            unit=Unit(unit.value),
         )
         answer = asked.answer()
         beside = {
@@ -219,7 +238,7 @@ def _plan_document(plan: Plan, answer: Answer, beside: Beside) -> dict[str, Any]
         "rounds_within_budget": answer.rounds_within,
         "examples": plan.examples,
         "accountant": plan.accountant.value,
-        "unit": "example",
+        "unit": plan.unit.value,
     }
 
 
@@ -231,8 +250,13 @@ def _print_plan(plan: Plan, answer: Answer, beside: Beside) -> None:
         typer.echo(f"epsilon           {answer.epsilon:.4f} at delta {plan.delta:g}")
     typer.echo(f"noise multiplier  {answer.noise_multiplier:g}")
     split = f" ({plan.rounds} rounds of {plan.steps})" if plan.rounds > 1 else ""
-    typer.echo(f"steps             {total}{split}, each with {plan.sample_rate:.3%} of the rows")
-    typer.echo(f"accountant        {plan.accountant.value}, for one example added or removed")
+    of_what = "rows" if plan.unit.value == "example" else "clients"
+    typer.echo(
+        f"steps             {total}{split}, each with {plan.sample_rate:.3%} of the {of_what}"
+    )
+    typer.echo(
+        f"accountant        {plan.accountant.value}, for one {plan.unit.value} added or removed"
+    )
     others = [
         f"{name} {value:.4f}"
         for name, value in beside.items()
@@ -284,7 +308,8 @@ def _print_ledger(report: Report) -> None:
     typer.echo(table([*names, *(("budget left", "rounds left") if budget else ())], rows))
     typer.echo("")
     typer.echo(
-        f"Epsilon by {report.accountant.value}, over all runs, for one example added or removed."
+        f"Epsilon by {report.accountant.value}, over all runs, for one {report.unit.value} added "
+        "or removed."
     )
     if report.accountant.value == "rdp" and any(row.budget_left == 0 for row in report.rows):
         typer.echo(

@@ -3,6 +3,7 @@
 The tree (each leaf stands beside the noun that raises it)::
 
     PrivacyError
+    ├── AuditError           privacy.audit_bound  an audit that was asked for something impossible
     ├── BudgetError          privacy.budget       a budget or a mechanism that makes no sense
     │   └── BudgetExceeded   privacy.budget       the next step would overspend; nothing was spent
     ├── CalibrationError     privacy.calibration  no noise level meets the target

@@ -2,6 +2,7 @@
 
     >>> import tempfile
     >>> from privacy.budget import PrivacyBudget
+    >>> from privacy.events import SgdEvent
     >>> folder = tempfile.TemporaryDirectory()
     >>> ledger = Ledger(Path(folder.name) / "ledger.sqlite")
     >>> event = SgdEvent(noise_multiplier=1.0, sample_rate=0.1, steps=5, max_grad_norm=1.0)
@@ -41,7 +42,7 @@ import sqlalchemy as sql
 
 from privacy import calibration
 from privacy.budget import Accountant, BudgetError, BudgetExceeded, PrivacyBudget
-from privacy.events import SgdEvent
+from privacy.events import Event, read_event
 from privacy.ledger_file import LedgerError, locate, open_engine
 
 __all__ = ["Entry", "Head", "Ledger", "LedgerEdited", "LedgerError", "Spent"]
@@ -72,6 +73,7 @@ _head = sql.Table(
     sql.Column("count", sql.Integer, nullable=False),
     sql.Column("hash", sql.String, nullable=False),
 )
+_UNTOLD = ("event", "previous")
 _HASHED = ("number", "client", "run", "round", "inputs", "event", "unix_micro", "previous")
 
 
@@ -97,14 +99,15 @@ class Spent:
 
 @dataclass(frozen=True)
 class Entry:
-    """One event of the ledger; ``unix_micro`` is when it was recorded."""
+    """One event of the ledger; ``unix_micro`` is when it was recorded, ``inputs`` of what."""
 
     number: int
     client: str
     run: str
     round: int
-    event: SgdEvent
+    event: Event
     unix_micro: int
+    inputs: str = ""
 
 
 class Ledger:
@@ -149,7 +152,7 @@ class Ledger:
         client: str,
         run: str,
         round: int,  # noqa: A002 - the word of the domain
-        event: SgdEvent,
+        event: Event,
         budget: PrivacyBudget | None,
         *,
         accountant: Accountant | str = Accountant.RDP,
@@ -224,7 +227,7 @@ class Ledger:
         with self._transaction("BEGIN") as connection:
             rows = connection.execute(query).mappings().all()
         return [
-            Entry(r["number"], r["client"], r["run"], r["round"], self._event(r), r["unix_micro"])
+            Entry(**{k: r[k] for k in _HASHED if k not in _UNTOLD}, event=self._event(r))
             for r in rows
         ]
 
@@ -304,7 +307,7 @@ class Ledger:
             )
         return Head(row["count"], row["hash"])
 
-    def _events_of(self, connection: sql.Connection, client: str) -> list[SgdEvent]:
+    def _events_of(self, connection: sql.Connection, client: str) -> list[Event]:
         query = sql.select(_events).where(_events.c.client == client).order_by(_events.c.number)
         events = []
         for row in connection.execute(query).mappings():
@@ -313,9 +316,9 @@ class Ledger:
             events.append(self._event(row))
         return events
 
-    def _event(self, row: Any) -> SgdEvent:
+    def _event(self, row: Any) -> Event:
         try:
-            return SgdEvent.from_mapping(json.loads(row["event"]))
+            return read_event(json.loads(row["event"]))
         except (ValueError, TypeError, BudgetError) as error:
             raise self._edited(f"event {row['number']} is not readable: {error}") from None
 

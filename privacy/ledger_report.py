@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privacy.budget import Accountant, BudgetError
+from privacy.budget import Accountant, BudgetError, Unit
 from privacy.calibration import epsilon as epsilon_of
-from privacy.events import SgdEvent
+from privacy.events import Event
 from privacy.ledger import Entry, Ledger
 from privacy.planning import check_accountant, check_delta, check_epsilon, rounds_left
 
@@ -26,7 +26,7 @@ class Row:
         events: entries of the ledger; above ``rounds`` where a round was trained on other inputs.
         steps: of all events.
         epsilon: of all events; infinity if one had no noise.
-        last: the latest event.
+        last: the latest event that cost anything.
         budget_left: budget minus epsilon, at least 0; None without a budget.
         rounds_left: how often ``last`` may be repeated; None without a budget.
     """
@@ -37,7 +37,7 @@ class Row:
     events: int
     steps: int
     epsilon: float
-    last: SgdEvent
+    last: Event
     budget_left: float | None
     rounds_left: int | None
 
@@ -64,6 +64,11 @@ class Report:
     accountant: Accountant
     rows: tuple[Row, ...]
 
+    @property
+    def unit(self) -> Unit:
+        """What was spent on: examples of each client, or on clients, by the server."""
+        return self.rows[0].last.unit if self.rows else Unit.EXAMPLE
+
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for JSON; an epsilon without bound is None."""
         return {
@@ -74,7 +79,7 @@ class Report:
             "delta": self.delta,
             "budget": self.budget,
             "accountant": self.accountant.value,
-            "unit": "example",
+            "unit": self.unit.value,
             "clients": [
                 {
                     "client": row.client,
@@ -151,7 +156,7 @@ def _row(
     events = [entry.event for entry in entries]
     check_accountant(events, delta, accountant, budget=budget)
     spent = epsilon_of(events, delta, accountant)
-    last = events[-1]
+    last = next((event for event in reversed(events) if event.steps), events[-1])
     return Row(
         client=client,
         runs=len({entry.run for entry in entries}),

@@ -15,10 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from privacy.budget import Accountant, BudgetError
+from privacy.budget import Accountant, BudgetError, Unit
 from privacy.calibration import epsilon as epsilon_of
 from privacy.calibration import noise_multiplier as noise_for
-from privacy.events import SgdEvent
+from privacy.events import Event, SgdEvent
 
 # Looking further ahead would answer a question that nobody has.
 MOST_ROUNDS = 100_000
@@ -64,6 +64,8 @@ class Plan:
         epsilon: what may be spent in all rounds, or None.
         examples: how many the client has, or None if that is not to be checked.
         accountant: how steps are composed.
+        unit: what is protected; where it is a client, read clients for examples, and rounds for
+            steps.
 
     Raises:
         BudgetError: naming the option of ``airpeft privacy plan`` that is out of bounds.
@@ -77,6 +79,7 @@ class Plan:
     epsilon: float | None = None
     examples: int | None = None
     accountant: Accountant = Accountant.RDP
+    unit: Unit = Unit.EXAMPLE
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
@@ -178,8 +181,8 @@ def by_accountant(plan: Plan, sigma: float) -> dict[Accountant, float | None]:
 
 
 def rounds_left(
-    before: Sequence[SgdEvent],
-    event: SgdEvent,
+    before: Sequence[Event],
+    event: Event,
     epsilon: float,
     delta: float,
     accountant: Accountant = Accountant.RDP,
@@ -216,7 +219,7 @@ def rounds_left(
 
 
 def check_accountant(
-    events: Sequence[SgdEvent],
+    events: Sequence[Event],
     delta: float,
     accountant: Accountant,
     *,

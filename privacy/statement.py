@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from privacy import calibration
+from privacy import calibration, cohort_statement
 from privacy.budget import LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.events import SgdEvent
+from privacy.wording import odds, span
 
 SCHEMA = 1
 FILE = "privacy.json"
@@ -50,6 +51,7 @@ def statement(
     *,
     randomness: str,
     rounds: int | None = None,
+    client: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The statement of one adapter.
 
@@ -59,12 +61,15 @@ def statement(
         privacy: the run's settings; None if it trained without privacy.
         randomness: where noise and sampling came from, in words (``ResidentTrainer.randomness``).
         rounds: how many rounds were trained, for the record.
+        client: the part about whole clients, see :mod:`privacy.cohort_statement`; None if nothing
+            is promised to them.
 
     Returns:
         plain values that JSON can hold; ``example`` and ``client`` are None where nothing is
         promised at that level. Numbers of single clients are not in it.
     """
-    doc: dict[str, Any] = {"schema": SCHEMA, "example": None, "client": None}
+    part = None if client is None else dict(client)
+    doc: dict[str, Any] = {"schema": SCHEMA, "example": None, "client": part}
     if privacy is None:
         return doc
     spent = {client: list(own) for client, own in events.items()}
@@ -152,15 +157,16 @@ def explain(doc: Mapping[str, Any]) -> str:
     """
     if doc.get("schema") != SCHEMA or "example" not in doc or "client" not in doc:
         raise StatementError(f"not a privacy statement of schema {SCHEMA}")
-    example = doc["example"]
-    if example is None:
+    example, client = doc["example"], doc["client"]
+    if example is None and client is None:
         return (
             "This adapter was trained without differential privacy.\n"
             "It may reveal examples that it was trained on. The examples themselves never left "
             "the devices that hold them, but what was computed from them did, unprotected."
         )
     try:
-        return "\n".join(_sentences(example))
+        lines = [] if example is None else _sentences(example)
+        return "\n".join([*lines, *([] if client is None else cohort_statement.sentences(client))])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StatementError(f"the privacy statement lacks a field: {error!r}") from None
 
@@ -174,25 +180,20 @@ def _sentences(example: Mapping[str, Any]) -> list[str]:
             f"Randomness: {mechanism['randomness']}.",
         ]
     epsilon = float(example["epsilon"])
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon={epsilon}")
-    factor = math.exp(min(epsilon, 20.0))
-    odds = f"{factor:.2g}" if factor < 100 else f"{factor:,.0f}"
-    if epsilon > 20:
-        odds = f"e to the power of {epsilon:.0f}, which is as good as no limit"
     return [
         f"One example: epsilon {epsilon:.2f} at delta {delta}.",
         f"What it means: whoever sees the adapter, and everything the clients sent for it, can "
-        f"change their odds on whether one given example was used by a factor of at most {odds}, "
+        f"change their odds on whether one given example was used by a factor of at most "
+        f"{odds(epsilon)}, "
         f"except with a probability of about {delta}.",
         f"It protects against {example['protects_against']}; nobody has to be trusted for it but "
         "the device that holds the example.",
         f"It holds for each of the {example['clients']} clients: {example['epsilon']:.2f} is the "
         f"largest of them, {example['epsilon_median']:.2f} the median.",
         f"How: {mechanism['name']}. Each example's gradient is limited to length "
-        f"{mechanism['max_grad_norm']:g}, and noise of {_words(mechanism['noise_multiplier'])} "
-        f"times that is added at each of {_words(mechanism['steps'])} steps; each step looks at "
-        f"{_words(mechanism['sample_rate'], percent=True)} of a client's examples, drawn at "
+        f"{mechanism['max_grad_norm']:g}, and noise of {span(mechanism['noise_multiplier'])} "
+        f"times that is added at each of {span(mechanism['steps'])} steps; each step looks at "
+        f"{span(mechanism['sample_rate'], percent=True)} of a client's examples, drawn at "
         "random.",
         f"Neighbouring data: {example['neighbours']}. Counted by {accountant['name'].upper()} "
         f"({accountant['library']}).",
@@ -204,11 +205,3 @@ def _sentences(example: Mapping[str, Any]) -> list[str]:
 def _range(values: Iterable[float]) -> list[float]:
     found = sorted(values)
     return [found[0], found[-1]] if found else [0, 0]
-
-
-def _words(pair: Sequence[float], *, percent: bool = False) -> str:
-    def one(value: float) -> str:
-        return f"{100 * value:.3g} %" if percent else f"{value:.3g}"
-
-    low, high = pair
-    return one(low) if low == high else f"{one(low)} to {one(high)}"

@@ -9,12 +9,15 @@ message type            asks with                is answered with
 ======================  =======================  ============================================
 ``train``               :class:`TrainTask`       :class:`aggregation.update.Update`
 ``train.sketch``        :class:`SketchTask`      :class:`SketchReply`
+``train.secure``        :class:`SecureTask`      :class:`SecureReply`
 ``evaluate``            :class:`EvaluateTask`    :class:`EvaluateResult`
 ``query.identity``      nothing                  :class:`Identity`
 ======================  =======================  ============================================
 
-Any of them may be answered by a :class:`ClientFault` instead, made with :func:`fault_reply`: a
-word of a closed list, never the text of an exception, which could quote a client's data.
+Where updates are added up by a secure sum, the first two are answered with :class:`Ready`, and the
+third carries its five steps. Any of them may be answered by a :class:`ClientFault` instead, made
+with :func:`fault_reply`: a word of a closed list, never the text of an exception, which could quote
+a client's data.
 
     >>> from aggregation.adapter import Adapter
     >>> from aggregation.spec import AdapterSpec, ModuleSpec
@@ -73,6 +76,14 @@ from protos.flower_replies import (
     update_from,
     update_record,
 )
+from protos.flower_secure import (
+    ready_from,
+    ready_record,
+    secure_reply_from,
+    secure_reply_record,
+    secure_task_from,
+    secure_task_record,
+)
 from protos.flower_tasks import (
     SCHEMA,
     TASK,
@@ -83,6 +94,7 @@ from protos.flower_tasks import (
     train_task_from,
     train_task_record,
 )
+from protos.secure import STEPS, Ready, SecureReply, SecureTask
 from protos.tasks import (
     ClientFault,
     EvaluateResult,
@@ -94,6 +106,7 @@ from protos.tasks import (
     client_data,
     client_ledger,
     client_name,
+    client_roster,
 )
 
 __all__ = [
@@ -102,8 +115,10 @@ __all__ = [
     "IDENTITY",
     "METRICS",
     "SCHEMA",
+    "SECURE",
     "SERIALISATION",
     "SKETCH",
+    "STEPS",
     "TASK",
     "TRAIN",
     "ClientFault",
@@ -111,13 +126,17 @@ __all__ = [
     "EvaluateTask",
     "Identity",
     "MissingStart",
+    "Ready",
     "RecordError",
+    "SecureReply",
+    "SecureTask",
     "SketchReply",
     "SketchTask",
     "TrainTask",
     "client_data",
     "client_ledger",
     "client_name",
+    "client_roster",
     "evaluate_result_from",
     "evaluate_result_record",
     "evaluate_task_from",
@@ -126,7 +145,13 @@ __all__ = [
     "fault_reply",
     "identity_from",
     "identity_record",
+    "ready_from",
+    "ready_record",
     "record_bytes",
+    "secure_reply_from",
+    "secure_reply_record",
+    "secure_task_from",
+    "secure_task_record",
     "sketch_reply_from",
     "sketch_reply_record",
     "sketch_task_from",
@@ -139,5 +164,6 @@ __all__ = [
 
 TRAIN = "train"
 SKETCH = "train.sketch"
+SECURE = "train.secure"
 EVALUATE = "evaluate"
 IDENTITY = "query.identity"

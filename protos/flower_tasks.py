@@ -39,6 +39,8 @@ def train_task_record(task: TrainTask, held: Adapter | None = None) -> RecordDic
     fields["privacy"] = "" if task.privacy is None else dumped(task.privacy)
     fields["assignment"] = dumped(task.assignment)
     fields["codec"] = task.codec
+    if task.secure:
+        fields["secure"] = dumped(task.secure)
     return _with_adapters(fields, task, held)
 
 
@@ -73,6 +75,7 @@ def train_task_from(record: RecordDict, find: Find = arrays.nothing) -> TrainTas
         codec=codec,
         beside=beside,
         held=text(fields, "held", 100),
+        secure=mapping(fields, "secure") if "secure" in fields else {},
     )
 
 
@@ -110,7 +113,9 @@ def evaluate_task_from(record: RecordDict, find: Find = arrays.nothing) -> Evalu
 
 def sketch_task_record(task: SketchTask) -> RecordDict:
     """A sketch task as Flower carries it."""
-    fields = header(task.run, task.round, task.data_folder, None)
+    fields = header(task.run, task.round, task.data_folder, task.base if task.secure else None)
+    if task.secure:
+        fields["secure"] = True
     fields.update(arrays.matrix_fields(task.basis))
     return record_of(fields, {SKETCHES: arrays.matrix_array(task.basis)})
 
@@ -130,6 +135,8 @@ def sketch_task_from(record: RecordDict) -> SketchTask:
         round=integer(fields, "round", 1, MAX_ROUND),
         basis=basis,
         data_folder=text(fields, "data-folder"),
+        base=text(fields, "base") if "base" in fields else "",
+        secure=fields.get("secure", False) is True,
     )
 
 

@@ -26,6 +26,8 @@ class ClientFault(StrEnum):
     TRAINER_UNAVAILABLE = "trainer-unavailable"
     TRAINING_FAILED = "training-failed"
     MISSING_TENSORS = "missing-tensors"
+    OUT_OF_RANGE = "out-of-range"
+    SECURE_SUM = "secure-sum"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class TrainTask:
         beside: frozen adapters that the base carries besides the one that trains.
         held: digest of the adapter from which the client completed this one, which came without
             the tensors that the two share; empty if it came whole. Only a client reads it.
+        secure: how its numbers enter a secure sum, as ``aggregation.secret_ring.Ring.to_mapping``
+            writes it: the client then keeps its update and answers :class:`Ready`; empty for none.
     """
 
     run: str
@@ -62,6 +66,7 @@ class TrainTask:
     codec: str = "float32"
     beside: tuple[Adapter, ...] = ()
     held: str = ""
+    secure: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +113,17 @@ class SketchTask:
         round: number of the round, of whose training the client still has the factors.
         basis: by module, Q of shape (d_out, width), with orthonormal columns.
         data_folder: as in :class:`TrainTask`.
+        base: likewise.
+        secure: whether the projection is kept for a second secure sum, and answered with
+            :class:`Ready`.
     """
 
     run: str
     round: int
     basis: Mapping[str, FloatArray]
     data_folder: str = ""
+    base: str = ""
+    secure: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +171,11 @@ def client_data(data_folder: str, partition: int) -> Path:
 def client_ledger(data_folder: str) -> Path:
     """The ledger that simulated clients share: ``ledger.sqlite`` beside the data folder."""
     return Path(data_folder).parent / "ledger.sqlite"
+
+
+def client_roster(data_folder: str) -> Path:
+    """The identities of simulated clients: ``roster.json`` beside the data folder."""
+    return Path(data_folder).parent / "roster.json"
 
 
 def client_memory(data_folder: str) -> Path:

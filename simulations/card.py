@@ -76,8 +76,7 @@ def model_card(
         ("training", f"{last['round']} rounds, recipe {run.config.recipe}, "
                      f"seed {scenario.seed}, run `{run.config.run}`"),
         ("recipe", f"`{chosen}`"),
-        ("sent", f"{sum(m['bytes_up'] for m in lines):,} bytes up, "
-                 f"{sum(m['bytes_down'] for m in lines):,} bytes down, by all clients together"),
+        *_traffic(run, lines),
         ("accuracy", f"{100 * last['accuracy']:.1f} % on {last['examples']} held-out texts "
                      f"({100 * first['accuracy']:.1f} % before training)"),
     ]  # fmt: skip
@@ -156,6 +155,14 @@ def ranks(run: Run) -> str:
     several = sorted(set(run.config.ranks.values()))
     clients = f" (clients: {', '.join(map(str, several))})" if len(several) > 1 else ""
     return f"rank {train.rank}{clients}, alpha {train.alpha:g}"
+
+
+def _traffic(run: Run, lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What was sent; nothing where it would tell how many clients took part."""
+    if run.config.client_privacy is not None:
+        return []
+    up, down = (sum(line[f"bytes_{way}"] for line in lines) for way in ("up", "down"))
+    return [("sent", f"{up:,} bytes up, {down:,} bytes down, by all clients together")]
 
 
 def _no_model(run: Run) -> str:

@@ -72,6 +72,7 @@ def simulate(
     """
     from aggregation.errors import AggregationError
     from federation.errors import FederationError
+    from privacy.errors import PrivacyError
     from simulations.errors import SimulationError
     from simulations.scenario import load
 
@@ -79,7 +80,7 @@ def simulate(
         loaded = load(scenario, overrides=override or (), seed=seed)
         from simulations.run import simulate as run
 
-        warning = loaded.federation.chosen().warning
+        warning = loaded.chosen().warning
         if warning:
             typer.echo(f"warning: recipe {loaded.federation.recipe}: {warning}", err=True)
         with _Display() as display:
@@ -92,7 +93,7 @@ def simulate(
             )
     except SimulationError as error:
         _complain(str(error), BAD_INPUT)
-    except (AggregationError, FederationError) as error:
+    except (AggregationError, FederationError, PrivacyError) as error:
         _complain(str(error), FAILED)
     except KeyboardInterrupt:
         _complain("interrupted; the same command goes on where it was", INTERRUPTED)
@@ -131,12 +132,15 @@ def _table(result: RunResult) -> None:
 
     last = result.metrics[-1]
     private, personal = last["epsilon_max"] is not None, "personal_accuracy" in last
+    of_clients = last.get("client_epsilon") is not None
     table = Table(title=f"run {result.run}", title_justify="left")
     columns = ["round", *(["own accuracy"] * personal), "accuracy", "loss", "used", "left out"]
     for name in (*columns, "error", "up", "down"):
         table.add_column(name, justify="right")
     if private:
         table.add_column("largest ε", justify="right")
+    if of_clients:
+        table.add_column("client ε", justify="right")
     for m in result.metrics:
         cells = [
             str(m["round"] or "start"),
@@ -146,7 +150,7 @@ def _table(result: RunResult) -> None:
             *((str(m["used"]), str(len(m["refused"]))) if m["round"] else ("", "")),
             *(
                 (
-                    f"{100 * m['aggregation_error']:.2f} %",
+                    _percent(m["aggregation_error"], 2),
                     _size(m["bytes_up"]),
                     _size(m["bytes_down"]),
                 )
@@ -156,6 +160,8 @@ def _table(result: RunResult) -> None:
         ]
         if private:
             cells.append(f"{m['epsilon_max']:.2f}" if m["round"] else "")
+        if of_clients:
+            cells.append(f"{m['client_epsilon']:.2f}" if m["round"] else "")
         table.add_row(*cells)
     console = Console()
     console.print(table)
@@ -164,8 +170,8 @@ def _table(result: RunResult) -> None:
     console.print(f"report   {result.report}", soft_wrap=True, highlight=False)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _size(count: int) -> str:
@@ -248,5 +254,7 @@ def _round(m: Any) -> str:
         parts.append(f"{m['used']} of {m['cohort']} clients")
         if m["epsilon_max"] is not None:
             parts.append(f"largest ε {m['epsilon_max']:.2f}")
+        if m.get("client_epsilon") is not None:
+            parts.append(f"client ε {m['client_epsilon']:.2f}")
         parts.append(f"{m['seconds']:.1f} s")
     return "  ".join(parts)

@@ -39,13 +39,7 @@ def draw(lines: Sequence[Mapping[str, Any]], budget: float | None = None) -> byt
     _frame(panels[0, 1], "Loss on held-out texts, nats")
     _privacy(panels[1, 0], lines, budget)
     later = [line for line in lines if line["round"]]
-    panels[1, 1].plot(
-        [line["round"] for line in later],
-        [100 * line["aggregation_error"] for line in later],
-        color=COLOURS[2],
-        marker="o",
-    )
-    _frame(panels[1, 1], "Distance from the exact mean, %", bottom=0.0)
+    _distance(panels[1, 1], later)
     buffer = io.BytesIO()
     # No software, no date: the same run gives the same file.
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -83,8 +77,29 @@ def _accuracy(panel: Any, rounds: Sequence[int], lines: Sequence[Mapping[str, An
     _frame(panel, "Accuracy on held-out texts, %")
 
 
+def _distance(panel: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    known = [line for line in lines if line["aggregation_error"] is not None]
+    if lines and not known:
+        panel.text(0.5, 0.5, "not measured: it would be without noise", ha="center", color=SOFT)
+        _frame(panel, "Distance from the exact mean, %", ticks=False)
+        return
+    rounds = [line["round"] for line in known]
+    errors = [100 * line["aggregation_error"] for line in known]
+    panel.plot(rounds, errors, color=COLOURS[2], marker="o")
+    _frame(panel, "Distance from the exact mean, %", bottom=0.0)
+
+
 def _privacy(panel: Any, lines: Sequence[Mapping[str, Any]], budget: float | None) -> None:
     spent = [line for line in lines if line["epsilon"]]
+    whole = [
+        (line["round"], line["client_epsilon"]) for line in lines if line.get("client_epsilon")
+    ]
+    if whole:
+        label = "the whole client" if spent else None
+        panel.plot(*zip(*whole, strict=True), color=INK, marker="s", markersize=4, label=label)
+    if whole and not spent:
+        _frame(panel, "Privacy spent, ε of a whole client", bottom=0.0)
+        return
     if not spent:
         panel.text(0.5, 0.5, "trained without differential privacy", ha="center", color=SOFT)
         _frame(panel, "Privacy spent, ε of each client", ticks=False)

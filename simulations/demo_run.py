@@ -18,7 +18,7 @@ from federation.registry import Registry
 from federation.rounds import Round
 from privacy.statement import FILE
 from protos.signed import Lineage
-from simulations import folder, records, report, server_app
+from simulations import folder, report, server_app
 from simulations.scenario import Scenario
 from simulations.server_app import RunResult
 
@@ -95,7 +95,7 @@ def report_fleet(scenario: Scenario, result: RunResult, fleet: Mapping[str, Any]
     run = folder.prepare(scenario, result.out)
     rounds = folder.done_rounds(run)
     picture = (result.out / folder.CURVES).read_bytes()
-    lines = [records.line(rounds, r, run.privacy) for r in rounds]
+    lines = server_app.lines_of(run, rounds)
     told = json.loads((result.adapter_folder / FILE).read_bytes())
     page = report.page(run, lines, rounds, told, picture, fleet=fleet)
     durable.write_bytes(result.report, page.encode())

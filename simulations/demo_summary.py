@@ -73,10 +73,14 @@ def _training(result: DemoResult) -> Table:
             "epsilon, for one example",
             f"{spent} for each of {clients} clients, delta {_delta(result)}, all rounds composed",
         )
+    if last.get("client_epsilon") is not None:
+        table.add_row(
+            "epsilon, for one client", f"{last['client_epsilon']:.2f}, all rounds composed"
+        )
     table.add_row("bytes per client and round", f"{_each_way(last):,} up, the same down")
-    table.add_row(
-        "distance from the exact mean", f"{last['aggregation_error']:.1e} (kept for the next round)"
-    )
+    if last["aggregation_error"] is not None:
+        distance = f"{last['aggregation_error']:.1e} (kept for the next round)"
+        table.add_row("distance from the exact mean", distance)
     table.add_row("PEFT's logits and the devices'", f"differ by at most {result.parity:.1e}")
     return table
 

@@ -165,8 +165,11 @@ def round_line(number: int, metrics: Mapping[str, Any]) -> str:
     parts = [f"round {number}: accuracy {metrics.get('accuracy', 0):.3f}"]
     if metrics.get("epsilon_max") is not None:
         parts.append(f"epsilon {metrics['epsilon_max']:.2f}")
+    if metrics.get("client_epsilon") is not None:
+        parts.append(f"of a client {metrics['client_epsilon']:.2f}")
     parts.append(f"{metrics['used']} of {metrics['cohort']} clients")
-    parts.append(f"aggregation error {metrics['aggregation_error']:.1e}")
+    if metrics["aggregation_error"] is not None:
+        parts.append(f"aggregation error {metrics['aggregation_error']:.1e}")
     return ", ".join(parts)
 
 

@@ -5,9 +5,11 @@
     scenario.resolved.toml   the scenario, every default written out
     partitions/              client-00000.jsonl ..., heldout.jsonl, partition.json
     ledger.sqlite            what each simulated client has spent
+    server-ledger.sqlite     what the server has spent on every client, with [client_privacy]
     checkpoints/             one folder for each round
     metrics.jsonl            one line for each round
     memory/                  what each simulated client keeps between rounds
+    roster.json              public keys of the simulated clients, if updates are summed securely
     adapter/                 the adapter in PEFT's layout, model card, privacy.json, version.json;
                              in residual/ what the recipe keeps beside it, if anything
     curves.png, report.html
@@ -37,8 +39,10 @@ from clients.model import BaseRef, adapter_spec, find_base
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from privacy.budget import LocalPrivacy
+from privacy.cohort_account import CohortAccount
 from privacy.errors import PrivacyError
-from privacy.randomness import SEEDED
+from privacy.ledger import Ledger
+from privacy.randomness import SEEDED, seeded_key
 from simulations import datasets, from_scenario
 from simulations.errors import SimulationError
 from simulations.events import Prepared
@@ -52,6 +56,7 @@ ADAPTER = "adapter"
 CURVES = "curves.png"
 REPORT = "report.html"
 LEDGER = "ledger.sqlite"
+SERVER_LEDGER = "server-ledger.sqlite"
 LOCK = ".lock"
 SIMULATED = SEEDED  # how simulated clients draw their noise, for the privacy statement
 
@@ -100,6 +105,22 @@ class Run:
     def ledger(self) -> Path:
         """The ledger that the simulated clients share."""
         return self.out / LEDGER
+
+    @contextmanager
+    def account(self) -> Iterator[CohortAccount | None]:
+        """The server's account of client-level privacy, open; None if nothing is promised."""
+        promised = self.config.client_privacy
+        if promised is None:
+            yield None
+            return
+        ledger = Ledger(self.out / SERVER_LEDGER)
+        key = seeded_key(self.config.seed)
+        try:
+            yield CohortAccount(
+                promised, run=self.config.run, ledger=ledger, key=key, randomness=SIMULATED
+            )
+        finally:
+            ledger.close()
 
     def event(self) -> Prepared:
         """What is told when everything is ready."""
@@ -173,7 +194,7 @@ def prepare(scenario: Scenario, out: Path) -> Run:
             virtual_tokens=scenario.train.virtual_tokens,
             bottleneck=scenario.train.bottleneck,
         )
-        chosen = scenario.federation.chosen()
+        chosen = scenario.chosen()
         chosen.check_spec(spec)
         chosen.check_base(from_scenario.quantised(base))
         plan = from_scenario.plan(scenario)
@@ -184,7 +205,12 @@ def prepare(scenario: Scenario, out: Path) -> Run:
     if not (folder / datasets.SUMMARY).is_file():
         datasets.materialise(folder, dataset, from_scenario.split(scenario, dataset))
     summary = json.loads((folder / datasets.SUMMARY).read_text("utf-8"))
-    config = from_scenario.rounds(scenario, plan, privacy, folder)
+    try:
+        config = from_scenario.rounds(scenario, plan, privacy, folder)
+    except PrivacyError as error:
+        raise ScenarioError(f"scenario {scenario.name}: {error}") from error
+    if getattr(config.chosen().private, "secure", False):
+        from_scenario.write_roster(scenario, folder)
     found = Checkpoints(out / CHECKPOINTS, config.run).latest()
     return Run(
         scenario=scenario,

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from aggregation import durable
 from clients.base import BaseRef
 from clients.training import TrainingPlan
 from federation.rounds import RoundsConfig
 from privacy.budget import LocalPrivacy
+from privacy.secure_roster import Roster, public_bytes, seeded_identity
+from protos.tasks import client_name, client_roster
 from simulations import datasets, partition
 from simulations.scenario import Scenario
 
@@ -104,8 +107,9 @@ def rounds(
 
     Raises:
         RoundsError: if the recipe cannot run like this.
+        PrivacyError: if no noise keeps what is promised to clients.
     """
-    federation = scenario.federation
+    federation, promised = scenario.federation, scenario.central()
     return RoundsConfig(
         run=scenario.run,
         rounds=federation.rounds,
@@ -126,4 +130,16 @@ def rounds(
         trusted=scenario.trusted,
         buffer=federation.buffer,
         max_staleness=federation.max_staleness,
+        client_privacy=promised.calibrated() if promised else None,
     )
+
+
+def write_roster(scenario: Scenario, data_folder: Path) -> None:
+    """The identities of simulated clients, for a secure sum: made from the seed.
+
+    Raises:
+        StorageError: if the disk is full.
+    """
+    names = [client_name(number) for number in range(scenario.partition.clients)]
+    keys = {name: public_bytes(seeded_identity(scenario.seed, name)) for name in names}
+    durable.write_bytes(client_roster(str(data_folder)), Roster(keys).to_bytes())

@@ -29,8 +29,8 @@ class InProcess:
     """No worker: the ClientApp trains in this process."""
 
     def node_config(self) -> Mapping[str, str]:
-        """Nothing."""
-        return {}
+        """That the process lives on between two messages."""
+        return {"process": "resident"}
 
     def ensure(self) -> None:
         """Always running."""

@@ -14,7 +14,8 @@ from federation.provenance import evaluation
 from federation.rounds import Round, RoundsConfig
 from privacy import calibration
 from privacy.budget import LocalPrivacy
-from privacy.events import SgdEvent
+from privacy.central import CentralPrivacy
+from privacy.events import CohortEvent, SgdEvent
 from protos.signed import Lineage
 
 
@@ -39,20 +40,37 @@ def epsilons(rounds: Sequence[Round], privacy: LocalPrivacy | None, upto: int) -
     }
 
 
-def line(rounds: Sequence[Round], record: Round, privacy: LocalPrivacy | None) -> dict[str, Any]:
+def client_events(rounds: Sequence[Round], upto: int) -> list[CohortEvent]:
+    """What rounds 1 to ``upto`` have spent on every client, as the server's ledger has it."""
+    return [
+        CohortEvent.from_mapping(event)
+        for record in rounds
+        if record.number <= upto
+        for event in record.client_events
+    ]
+
+
+def line(
+    rounds: Sequence[Round],
+    record: Round,
+    privacy: LocalPrivacy | None,
+    central: CentralPrivacy | None = None,
+) -> dict[str, Any]:
     """One line of ``metrics.jsonl``.
 
     Args:
         rounds: the records up to this one, or more.
         record: the round.
         privacy: the clients' privacy, or None.
+        central: what is promised to every client as a whole, or None.
     """
     spent = epsilons(rounds, privacy, record.number)
     return {
         "round": record.number,
         **dict(record.metrics),
-        "aggregation_error": record.aggregation_error,
-        "kept_energy": record.kept_energy,
+        # With noise on the sum nobody may know what it is without.
+        "aggregation_error": None if central else record.aggregation_error,
+        "kept_energy": None if central else record.kept_energy,
         "cohort": len(record.cohort),
         "used": len(record.used),
         "refused": dict(record.refused),
@@ -64,6 +82,11 @@ def line(rounds: Sequence[Round], record: Round, privacy: LocalPrivacy | None) -
         "unchanged": record.unchanged,
         "epsilon_max": max(spent.values(), default=0.0) if privacy else None,
         "epsilon": spent,
+        "client_epsilon": calibration.epsilon(
+            client_events(rounds, record.number), central.delta, central.accountant
+        )
+        if central
+        else None,
         "adapter": record.adapter_out,
         "seconds": record.seconds,
     }

@@ -88,6 +88,11 @@ def _locally(run: Run, count: int, progress: Callable[[Event], None]) -> RunResu
 
 
 def _on_ray(run: Run, progress: Callable[[Event], None]) -> RunResult:
+    if getattr(run.config.chosen().private, "secure", False):
+        raise RunError(
+            "backend 'ray' gives the messages of a client to any of its processes, and a secure "
+            "sum keeps its secrets in the memory of one; choose backend 'local'"
+        )
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     try:

@@ -18,14 +18,19 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from aggregation.choices import CHOICES
+from aggregation.recipe import Recipe
+from federation.client_privacy import with_client_privacy
 from federation.recipe_checks import RoundsError, check_recipe
+from privacy.central import CentralPrivacy
 from protos.tasks import client_name
+from simulations.client_privacy import ClientPrivacy
 from simulations.errors import SimulationError
 from simulations.settings import (
     OF_METHODS,
@@ -37,6 +42,7 @@ from simulations.settings import (
     Section,
     Train,
 )
+from simulations.toml_text import table, value_text
 
 # A key on the command line takes the place of the other one in the file: both at once contradict.
 _RIVALS = {"train.ranks": "train.rank", "train.rank": "train.ranks"}
@@ -58,6 +64,7 @@ class Scenario(Section):
     partition: Partition = Partition()
     train: Train = Train()
     privacy: Privacy | None = None
+    client_privacy: ClientPrivacy | None = None
     federation: Federation = Federation()
 
     @model_validator(mode="after")
@@ -83,7 +90,7 @@ class Scenario(Section):
             )
         try:
             check_recipe(
-                federation.chosen(),
+                self.chosen(),
                 clients=clients,
                 fraction=federation.fraction,
                 sampling=federation.sampling,
@@ -98,6 +105,35 @@ class Scenario(Section):
         except RoundsError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def chosen(self) -> Recipe:
+        """The recipe, with the pieces that are replaced and what client privacy adds to it.
+
+        The noise is the one that is given, or a stand-in until it is calibrated.
+
+        Raises:
+            RoundsError: if the recipe cannot keep what is promised to clients.
+            ValueError: if what is promised contradicts itself.
+        """
+        promised = self.central()
+        if promised is not None:
+            stand_in = promised.noise_multiplier or 1.0
+            promised = replace(promised, epsilon=None, noise_multiplier=stand_in)
+        return with_client_privacy(
+            self.federation.chosen(),
+            promised,
+            pieces=self.federation.pieces,
+            min_updates=self.federation.min_updates,
+        )
+
+    def central(self) -> CentralPrivacy | None:
+        """What is promised to every client; None for nothing.
+
+        Raises:
+            ValueError: if it contradicts itself.
+        """
+        section = self.client_privacy
+        return section.central(self.federation, self.partition.clients) if section else None
 
     @property
     def trusted(self) -> str:
@@ -128,6 +164,8 @@ class Scenario(Section):
         another machine: the name of the run enters its randomness.
         """
         document = self.model_dump(mode="json")
+        if self.client_privacy is None:
+            del document["client_privacy"]
         document["data"]["path"] = Path(self.data.path).name
         document["base"]["name"] = Path(self.base.name).name
         for section, values in (("train", self.train), ("federation", self.federation)):
@@ -143,7 +181,7 @@ class Scenario(Section):
 
     def to_toml(self) -> str:
         """The scenario with every default written out; :func:`load` reads it back."""
-        return "\n".join(_table("", self.model_dump(mode="json"))).lstrip("\n") + "\n"
+        return "\n".join(table("", self.model_dump(mode="json"))).lstrip("\n") + "\n"
 
 
 def load(path: Path, *, overrides: Sequence[str] = (), seed: int | None = None) -> Scenario:
@@ -255,31 +293,11 @@ def _explain(item: dict[str, Any], source: str, origin: Mapping[str, str]) -> st
         leaf = key.rpartition(".")[2]
         close = close or [k for k in keys() if k.rpartition(".")[2] == leaf]
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(keys())}"
-        return f"{where}{key} = {_toml(given)}: unknown key; {hint}"
+        return f"{where}{key} = {value_text(given)}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if item["type"] == "value_error":
         named = not key or message.startswith(key + ".")  # the message names its key itself
         return f"{where}{message if named else f'{key}: {message}'}"
     if item["type"] == "missing":
         return f"{where}{key}: missing; it must be given"
-    return f"{where}{key} = {_toml(given)}: {message[0].lower()}{message[1:]}"
-
-
-def _table(name: str, values: Mapping[str, Any]) -> list[str]:
-    """Lines of a section; those of its own sections come after its values."""
-    lines = [f"\n[{name}]"] if name else []
-    inner: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            inner += _table(f"{name}.{key}" if name else key, value) if value else []
-        elif value is not None:
-            lines.append(f"{key} = {_toml(value)}")
-    return lines + inner
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, str | bool | int):
-        return json.dumps(value)
-    return repr(value)
+    return f"{where}{key} = {value_text(given)}: {message[0].lower()}{message[1:]}"

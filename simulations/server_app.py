@@ -24,6 +24,7 @@ from federation.provenance import VERSION_FILE
 from federation.rounds import Round
 from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
+from privacy.cohort_statement import section
 from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
 from simulations import card, evaluation, folder, records, report
@@ -77,25 +78,26 @@ def serve(grid: Grid, run: Run, trainer: Trainer, randomness: str, progress: Pro
 
     def on_round(record: Round) -> None:
         rounds.append(record)
-        lines = [records.line(rounds, r, run.privacy) for r in rounds]
+        lines = lines_of(run, rounds)
         durable.write_bytes(run.out / folder.METRICS, records.jsonl(lines))
         progress(RoundDone(record.number, lines[-1]))
 
     def on_reply(reply: Reply) -> None:
         progress(ClientDone(reply.client, reply.round, reply.seconds, reply.refused))
 
-    result = run_training(
-        grid,
-        run.config,
-        initial=run.initial,
-        evaluate=evaluation.by_class(
-            trainer, run.heldout, max_length=run.scenario.train.max_length
-        ),
-        on_begin=lambda number, cohort: progress(RoundStarted(number, cohort)),
-        on_reply=on_reply,
-        on_round=on_round,
-        checkpoint=run.checkpoints,
-    )
+    length = run.scenario.train.max_length
+    with run.account() as account:
+        result = run_training(
+            grid,
+            run.config,
+            initial=run.initial,
+            evaluate=evaluation.by_class(trainer, run.heldout, max_length=length),
+            on_begin=lambda number, cohort: progress(RoundStarted(number, cohort)),
+            on_reply=on_reply,
+            on_round=on_round,
+            checkpoint=run.checkpoints,
+            account=account,
+        )
     return _finish(run, result, randomness, progress)
 
 
@@ -111,11 +113,22 @@ def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dic
     for record in rounds:
         for client, event in record.privacy_events.items():
             events.setdefault(client, []).append(SgdEvent.from_mapping(event))
-    return statement(events, run.privacy, randomness=randomness, rounds=rounds[-1].number)
+    last, promised = rounds[-1].number, run.config.client_privacy
+    part = None
+    if promised is not None:
+        spent = records.client_events(rounds, last)
+        part = section(promised, spent, rounds=last, randomness=folder.SIMULATED)
+    return statement(events, run.privacy, randomness=randomness, rounds=last, client=part)
+
+
+def lines_of(run: Run, rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, one for each round."""
+    promised = run.config.client_privacy
+    return [records.line(rounds, record, run.privacy, promised) for record in rounds]
 
 
 def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progress) -> RunResult:
-    lines = [records.line(result.rounds, r, run.privacy) for r in result.rounds]
+    lines = lines_of(run, result.rounds)
     told = privacy_statement(run, result.rounds, randomness)
     picture = report.draw_curves(run, lines)
     origin = records.origin(run.config, run.scenario.run, result.rounds)
@@ -150,13 +163,14 @@ def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progres
 
 def _tell(event: Event) -> None:
     if isinstance(event, RoundDone):
-        spent = event.metrics["epsilon_max"]
+        spent, client = event.metrics["epsilon_max"], event.metrics.get("client_epsilon")
         _log.info(
-            "round %d: accuracy %.4f, loss %.4f%s",
+            "round %d: accuracy %.4f, loss %.4f%s%s",
             event.round,
             event.metrics["accuracy"],
             event.metrics["loss"],
             f", largest epsilon {spent:.3f}" if spent else "",
+            f", epsilon of a client {client:.3f}" if client else "",
         )
     elif isinstance(event, Finished):
         _log.info("adapter %s in %s", event.adapter_digest, event.adapter)

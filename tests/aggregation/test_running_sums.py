@@ -124,7 +124,9 @@ def test_a_frozen_factor_costs_one_term_and_changes_by_exactly_nothing() -> None
         sums.add(trained, start, 1.0 / 3)
         tensors.add(trained, start, 1.0 / 3)
     assert all(matrix.rank == 4 for matrix in sums.result(1.0).values())
-    assert not any(tensors.result(1.0)[key].any() for key in frozen)
+    found = tensors.finish(1.0)
+    assert not any(found[key].any() for key in frozen)
+    assert all(found[m.keys[1]].any() for m in spec.modules)
 
 
 def test_tensors_that_do_not_lie_together_are_summed_each_from_its_own_start() -> None:
@@ -143,7 +145,7 @@ def test_tensors_that_do_not_lie_together_are_summed_each_from_its_own_start() -
         for key in keys:
             change = np.subtract(trained.tensors[key], start.tensors[key], dtype=np.float64)
             expected[key] = expected[key] + 1.5 * change
-    for key, value in running.result(0.5).items():
+    for key, value in running.finish(0.5).items():
         assert relative(value, 0.5 * np.asarray(expected[key])) < 1e-14
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -27,6 +28,10 @@ def test_json_and_vectors_round_trip_and_digests_cover_every_value(
     assert again.digest == spec.digest
     adapter = random_adapter(spec, seed)
     assert Adapter.unpack(spec, adapter.pack()).digest == adapter.digest
+    said = spec.to_json().encode()  # releases are signed over this: it must never change
+    for key, value in adapter.tensors.items():
+        said += b"\0" + key.encode() + b"\0" + value.astype("<f4").tobytes()
+    assert adapter.digest == "sha256:" + hashlib.sha256(said).hexdigest()
     vector = adapter.pack().copy()
     vector[seed % vector.size] = np.nextafter(vector[seed % vector.size], np.float32(9))
     assert Adapter.unpack(spec, vector).digest != adapter.digest
@@ -167,8 +172,13 @@ def test_what_is_said_of_all_values_is_true_of_each(
     assert one.same_values(other) == (change == 0.0)
     assert not one.same_values(Adapter.zeros(replace(spec, use_rslora=not spec.use_rslora)))
     assert other.is_finite() == bool(np.isfinite(change))
-    least, largest = other.extent
-    assert np.array_equal([least, largest], [vector.min(), vector.max()], equal_nan=True)
+    largest = float(np.abs(vector).max())
+    for limit in (1e-3, 0.5, 1e6):
+        assert other.within(limit) == bool(largest <= limit)
+    assert one.within(float(np.abs(one.pack()).max()))
+    big = Adapter.unpack(spec, np.full(spec.size, 3e38, np.float32))
+    assert big.is_finite()  # though the sum of squares is not
+    assert not big.within(1e38)
 
 
 def test_adapters_of_many_values_are_compared_to_the_last_one() -> None:

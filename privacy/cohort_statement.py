@@ -1,0 +1,165 @@
+"""What the privacy statement says about whole clients, and in which words.
+
+    >>> from privacy.central import CentralPrivacy
+    >>> central = CentralPrivacy(delta=1e-4, noise_multiplier=1.0, rounds=50, clients=1000,
+    ...                          fraction=0.05, sampling="poisson")
+    >>> doc = section(central, [central.event()] * 50, rounds=50, randomness="test")
+    >>> doc["unit"], round(doc["epsilon"], 2)
+    ('client', 2.61)
+    >>> sentences(doc)[0]
+    'One client: epsilon 2.62 at delta 0.0001.'
+
+Epsilon is recomputed from the events, which are those of the server's ledger. What comes after the
+noise, the server's optimiser or an SVD, is no part of it: it changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from privacy import calibration
+from privacy.central import CentralPrivacy
+from privacy.events import CohortEvent
+from privacy.wording import odds
+
+NOT_COVERED = (
+    "the server itself, and whoever reads its memory, its disk or the clients' connections to it",
+    "which clients took part in which round, and how many: the run's records tell, so they are for "
+    "the server alone",
+    "accuracy and loss that clients measured and sent in the clear, and how much data they say "
+    "they have",
+    "the choice of settings, if it was tried out on the same clients",
+    "a person behind several clients: k clients of one person have k times this epsilon",
+    "what the part about examples, if there is one, tells of the clients' number and sizes",
+)
+
+
+def section(
+    central: CentralPrivacy,
+    events: Sequence[CohortEvent],
+    *,
+    rounds: int,
+    randomness: str,
+) -> dict[str, Any]:
+    """The part ``client`` of a privacy statement.
+
+    Args:
+        central: what the run promises.
+        events: what was spent on this adapter's line of training, from the server's ledger.
+        rounds: how many were trained.
+        randomness: where the noise and the cohorts came from, in words.
+
+    Returns:
+        plain values that JSON can hold.
+    """
+    spent = calibration.epsilon(events, central.delta, central.accountant)
+    tree = central.mechanism == "tree"
+    mechanism: dict[str, Any] = {
+        "name": "DP-FTRL, noise on partial sums of rounds" if tree else "DP-FedAvg",
+        "clip": "all that a client transmits in a round, as one vector, Euclidean norm",
+        "max_norm": central.clip,
+        "quantile": central.quantile,
+        "noise_multiplier": central.noise(),
+        "sensitivity": central.sensitivity,
+        "divisor": central.cohort,
+        "rounds": rounds,
+        "sampling": _sampling(central),
+        "randomness": randomness,
+    }
+    if tree:
+        mechanism |= {
+            "rounds_of_a_tree": central.tree_rounds,
+            "separation": central.separation,
+            "participations": central.most_participations,
+        }
+    return {
+        "unit": "client",
+        "neighbours": _neighbours(central),
+        "epsilon": spent if math.isfinite(spent) else None,
+        "delta": central.delta,
+        "budget": central.epsilon,
+        "clients": central.clients,
+        "events": sum(event.steps for event in events),
+        "protects_against": "the other clients, and everyone who gets the adapters of all rounds",
+        "trusted": "the server, which sees every update before it adds the noise",
+        "mechanism": mechanism,
+        "accountant": {
+            "name": central.accountant.value,
+            "library": f"dp-accounting {version('dp-accounting')}",
+        },
+        "not_covered": list(NOT_COVERED),
+        "limits": "noise is made in floating point, as sums of four, rounded to a grid of 2^-40 of "
+        "the clip, and added to whole numbers",
+    }
+
+
+def _sampling(central: CentralPrivacy) -> dict[str, Any]:
+    """What the accounting assumes, and what was done."""
+    if central.sampling == "poisson":
+        said = (
+            f"every client that is there is drawn with probability {central.fraction:g} in each "
+            "round, on its own, by a coin that only the server sees"
+        )
+        return {"assumed": said, "done": said, "sample_rate": central.sample_rate}
+    apart = (
+        f", at most once in {central.separation} rounds and {central.most_participations} times "
+        f"in {central.tree_rounds}"
+        if central.mechanism == "tree"
+        else ""
+    )
+    number = f"{central.cohort:.0f} of {central.clients} clients"
+    return {
+        "assumed": f"none: every client counts as if it were always drawn{apart}",
+        "done": f"{number} in each round{apart}",
+        "sample_rate": 1.0,
+    }
+
+
+def _neighbours(central: CentralPrivacy) -> str:
+    if central.sampling == "poisson" or central.fraction == 1.0:
+        return "one client added or removed, with everything that it has"
+    return "one client's updates in the sums, or nothing in their place"
+
+
+def sentences(client: Mapping[str, Any]) -> list[str]:
+    """The part ``client`` in plain sentences.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is not one.
+    """
+    mechanism, accountant = client["mechanism"], client["accountant"]
+    if client["epsilon"] is None:
+        return ["Whole clients: no privacy is promised, some rounds added no noise."]
+    epsilon, delta = float(client["epsilon"]), f"{client['delta']:g}"
+    sampling = mechanism["sampling"]
+    moving = (
+        f" at first, and then to about the {100 * mechanism['quantile']:.0f} % quantile of their "
+        "lengths"
+        if mechanism["quantile"] is not None
+        else ""
+    )
+    counted = (
+        "the accounting assumes just that"
+        if sampling["assumed"] == sampling["done"]
+        else f"what the accounting assumes: {sampling['assumed']}"
+    )
+    return [
+        f"One client: epsilon {math.ceil(100 * epsilon) / 100:.2f} at delta {delta}.",
+        "What it means: whoever sees the adapters of all rounds can change their odds on whether "
+        f"one given client took part at all by a factor of at most {odds(epsilon)}, except with a "
+        f"probability of about {delta}. Each single example of a client is covered with it.",
+        f"It protects against {client['protects_against']}. Who has to be trusted: "
+        f"{client['trusted']}, and keeps to itself who takes part when.",
+        f"How: {mechanism['name']}. What a client sends in a round is limited to length "
+        f"{mechanism['max_norm']:g}{moving}, and noise of {mechanism['noise_multiplier']:.3g} "
+        f"times that is added to the sum, which is divided by {mechanism['divisor']:g}, whoever "
+        f"came; {mechanism['rounds']} rounds.",
+        f"Who takes part: {sampling['done']}; {counted}.",
+        f"Neighbouring sets of clients: {client['neighbours']}. Counted by "
+        f"{accountant['name'].upper()} ({accountant['library']}).",
+        f"Randomness at the server: {mechanism['randomness']}.",
+        "Not covered for clients: " + "; ".join(client["not_covered"]) + ".",
+    ]
