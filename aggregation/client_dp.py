@@ -25,6 +25,7 @@ from aggregation.train import Assignment
 
 _WIDEST = 1e9  # an adaptive clip stays within this factor of where it began
 MOST_NOISE = 1e4  # multiplier: what the grid of the sum has room for
+MOST_COUNT_NOISE = 1e5
 MOST_CLIENTS = 1 << 20
 
 
@@ -142,6 +143,8 @@ class ClientDp(CentralPiece):
         _within(self.kind, "clip_rate", self.clip_rate, 1e-6, 10.0, "0.2 is the paper's")
         if self.quantile is not None:
             _within(self.kind, "quantile", self.quantile, 0.01, 0.99, "0.5 is the paper's")
+        if self.count_noise is not None:
+            _within(self.kind, "count_noise", self.count_noise, 1e-9, MOST_COUNT_NOISE, "leave out")
         if 2.0 * self.count_std <= self.noise_multiplier:
             raise RecipeError(
                 f"{self.kind}: count_noise={self.count_std:g} must be above half of "

@@ -12,6 +12,7 @@ The tree (each leaf stands beside the noun that raises it)::
     ├── PayloadError      aggregation.payload      bytes that do not decode within their limits
     ├── GuardError        aggregation.guard        an adapter that must not be loaded; has a reason
     ├── UpdateError       aggregation.update       one client's update refused; has a reason
+    ├── ClipError         aggregation.clipped_sum  a vector that is none: it cannot be clipped
     ├── StateError        aggregation.state        bytes that are not a global state
     ├── RecipeError       (here)                   an unsound or impossible combination of pieces
     ├── OfflineError      aggregation.offline      folders that cannot be combined

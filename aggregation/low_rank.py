@@ -243,7 +243,10 @@ def _leading(matrix: Array, most: int | None, *, by_gram: bool) -> tuple[Array, 
         most: so many vectors; None for all.
         by_gram: whether to try it; otherwise the matrix is known to be too ill-conditioned.
     """
-    if by_gram and matrix.shape[0] >= matrix.shape[1]:
+    if matrix.shape[0] < matrix.shape[1]:
+        left, values, right = _leading(matrix.T, most, by_gram=by_gram)
+        return right.T, values, left.T
+    if by_gram:
         squares, turned = np.linalg.eigh(matrix.T @ matrix)
         wanted = squares[-min(len(squares), most or len(squares))]
         if squares[0] > _ALL_ABOVE * squares[-1] and wanted > _WANTED_ABOVE * squares[-1]:

@@ -106,6 +106,13 @@ class Ring:
             CodecError: if a value is not finite.
         """
         found = np.asarray(vector, np.float64)
+        beyond = int(np.count_nonzero(np.abs(found) > np.float32(self.clip)))
+        if beyond:
+            raise RingError(
+                f"secure sum: {beyond} of {found.size} values lie beyond clip={self.clip:g} (the "
+                f"largest is {float(np.abs(found).max()):.3g}); raise the clip of private="
+                "secure-sum for all clients, or lower the learning rate"
+            )
         if self.norm:
             found = np.trunc(found / self.lsb) * self.lsb
         return self._values.numbers(found, weight)  # type: ignore[arg-type]  # more precise

@@ -31,6 +31,7 @@ from federation.shown import (
     print_table,
     show,
 )
+from privacy.errors import PrivacyError
 
 __all__ = ["fleet", "rollout", "server"]
 
@@ -147,6 +148,41 @@ def fleet_show(
         print_table(columns, rows, "no report yet")
 
     show("device", one, format, table)
+
+
+@fleet.command("roster")
+def fleet_roster(
+    out: Annotated[Path, typer.Argument(help="The roster, a new file.")],
+    certificates: Annotated[
+        list[Path], typer.Argument(help="identity/certificate.pem of each device of the cohort.")
+    ],
+    authority: Annotated[
+        Path | None, typer.Option(help="identity/authority.pem: it must have issued them all.")
+    ] = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """Whose signatures count in a secure sum: a roster of devices, and its digest to be pinned.
+
+    Made from certificates that somebody has collected whom the devices trust, away from the server;
+    every device gets the file, and the digest by another way.
+
+    Example: airpeft fleet roster cohort.json certificates/*.pem --authority authority.pem
+    """
+    from aggregation.durable import write_bytes
+    from privacy.secure_roster import Roster
+
+    with plain_errors():
+        try:
+            issuer = authority.read_bytes() if authority else b""
+            roster = Roster.of_certificates([path.read_bytes() for path in certificates], issuer)
+            if out.exists():
+                raise FederationError(f"{out} is there already: choose another name")
+            write_bytes(out, roster.to_bytes())
+        except (OSError, PrivacyError) as error:
+            raise FederationError(str(error)) from None
+    said = {"roster": str(out), "digest": roster.digest, "members": sorted(roster.members)}
+    rows = [(said["roster"], roster.digest, str(len(roster.members)))]
+    show("roster", said, format, lambda: print_table(("ROSTER", "DIGEST", "MEMBERS"), rows, ""))
 
 
 @fleet.command("token")

@@ -205,7 +205,10 @@ class CentralPrivacy:
         least = calibration.noise_multiplier(
             self.epsilon, self.delta, self.sample_rate, self.spends(self.rounds), self.accountant
         )
-        return least * self.sensitivity
+        noise = least * self.sensitivity
+        while noise / self.sensitivity < least:  # rounding must not take anything off it
+            noise = math.nextafter(noise, math.inf)
+        return noise
 
     def calibrated(self) -> CentralPrivacy:
         """The same with the noise that it comes to.

@@ -23,7 +23,7 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,19 +104,34 @@ class Roster:
         return cls(keys)
 
     @classmethod
-    def of_certificates(cls, certificates: Mapping[str, bytes]) -> Roster:
-        """A roster out of device certificates (PEM), by the name under which a device takes part.
+    def of_certificates(cls, certificates: Iterable[bytes], authority: bytes = b"") -> Roster:
+        """A roster out of device certificates, each by its common name: the device's id.
+
+        Args:
+            certificates: PEM.
+            authority: PEM of the authority that must have issued them; empty to take them as they
+                are.
 
         Raises:
-            RosterError: if one cannot be read or has another kind of key.
+            RosterError: if one cannot be read, was issued by somebody else, has another kind of
+                key, or two have the same name.
         """
-        members = {}
-        for name, pem in certificates.items():
-            try:
-                key = x509.load_pem_x509_certificate(pem).public_key()
-            except (ValueError, UnsupportedAlgorithm) as error:
-                raise RosterError(f"the certificate of {name} cannot be read: {error}") from None
-            members[name] = key.public_bytes(
+        issuer = _certificate(authority) if authority else None
+        members: dict[str, bytes] = {}
+        for number, pem in enumerate(certificates, 1):
+            found = _certificate(pem, number)
+            names = found.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+            name = str(names[0].value) if len(names) == 1 else ""
+            if not name or name in members:
+                raise RosterError(f"certificate {number} has no name of its own: {name[:80]!r}")
+            if issuer is not None:
+                try:
+                    found.verify_directly_issued_by(issuer)
+                except (ValueError, TypeError, InvalidSignature):
+                    raise RosterError(
+                        f"the certificate of {name} was not issued by this authority; leave it out"
+                    ) from None
+            members[name] = found.public_key().public_bytes(
                 serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             )
         return cls(members)
@@ -165,6 +180,14 @@ def seeded_identity(seed: int, member: str) -> ec.EllipticCurvePrivateKey:
     """The identity of a simulated member. Whoever knows the seed knows it: for simulations only."""
     drawn = derive(seeded_key(seed), "secure sum identity", member)
     return ec.derive_private_key(1 + int.from_bytes(drawn, "big") % (_ORDER - 1), ec.SECP256R1())
+
+
+def _certificate(pem: bytes, number: int = 0) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        which = f"certificate {number}" if number else "the authority's certificate"
+        raise RosterError(f"{which} cannot be read: {error}") from None
 
 
 def _public(name: str, der: bytes) -> ec.EllipticCurvePublicKey:

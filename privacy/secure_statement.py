@@ -17,13 +17,19 @@ from privacy.wording import span
 
 SIMULATED = "keys derived from the scenario's seed: whoever knows it knows them all"
 
+# Of noise that the server adds to a sum that it sees unmasked.
+TRUSTED = (
+    "the server, which sees the sum of a round's updates, and no update, before it adds the noise; "
+    "and every client to clip its own update, which nobody else can see"
+)
+
 NOT_COVERED = (
     "what the sums themselves tell of a client: for that there is noise, or there is nothing",
     "two rounds with nearly the same clients and data: their sums can be compared",
     "which clients took part, when, how long they took, and what their privacy events say",
     "a roster of identities that the server itself has filled with clients of its own",
-    "clients in league with the server: up to the threshold less one of those that hold the pieces "
-    "of a client's secrets, and with a server that lies fewer, see docs/privacy.md",
+    "clients in league with the server, once they are as many as the threshold among those that "
+    "hold the pieces of a client's secrets; with a server that lies, fewer: see docs/privacy.md",
     "clients that send other numbers than they should: nobody sees them one by one",
 )
 

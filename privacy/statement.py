@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from privacy import calibration, cohort_statement
+from privacy import calibration, cohort_statement, secure_statement
 from privacy.budget import LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.events import SgdEvent
@@ -52,6 +52,7 @@ def statement(
     randomness: str,
     rounds: int | None = None,
     client: Mapping[str, Any] | None = None,
+    secure_sum: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The statement of one adapter.
 
@@ -63,13 +64,19 @@ def statement(
         rounds: how many rounds were trained, for the record.
         client: the part about whole clients, see :mod:`privacy.cohort_statement`; None if nothing
             is promised to them.
+        secure_sum: the part about the secure sum, see :mod:`privacy.secure_statement`; None if
+            updates were added up in the clear.
 
     Returns:
         plain values that JSON can hold; ``example`` and ``client`` are None where nothing is
         promised at that level. Numbers of single clients are not in it.
     """
     part = None if client is None else dict(client)
+    if part is not None and secure_sum is not None:
+        part |= {"trusted": secure_statement.TRUSTED}
     doc: dict[str, Any] = {"schema": SCHEMA, "example": None, "client": part}
+    if secure_sum is not None:
+        doc["secure_sum"] = dict(secure_sum)
     if privacy is None:
         return doc
     spent = {client: list(own) for client, own in events.items()}
@@ -158,15 +165,19 @@ def explain(doc: Mapping[str, Any]) -> str:
     if doc.get("schema") != SCHEMA or "example" not in doc or "client" not in doc:
         raise StatementError(f"not a privacy statement of schema {SCHEMA}")
     example, client = doc["example"], doc["client"]
+    secure, lines = doc.get("secure_sum"), list[str]()
     if example is None and client is None:
-        return (
-            "This adapter was trained without differential privacy.\n"
+        how = "unprotected" if secure is None else "under masks that come off in the sum only"
+        lines = [
+            "This adapter was trained without differential privacy.",
             "It may reveal examples that it was trained on. The examples themselves never left "
-            "the devices that hold them, but what was computed from them did, unprotected."
-        )
+            f"the devices that hold them, but what was computed from them did, {how}.",
+        ]
     try:
-        lines = [] if example is None else _sentences(example)
-        return "\n".join([*lines, *([] if client is None else cohort_statement.sentences(client))])
+        lines += [] if example is None else _sentences(example)
+        lines += [] if client is None else cohort_statement.sentences(client)
+        lines += [] if secure is None else secure_statement.sentences(secure)
+        return "\n".join(lines)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StatementError(f"the privacy statement lacks a field: {error!r}") from None
 

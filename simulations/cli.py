@@ -135,7 +135,8 @@ def _table(result: RunResult) -> None:
     of_clients = last.get("client_epsilon") is not None
     table = Table(title=f"run {result.run}", title_justify="left")
     columns = ["round", *(["own accuracy"] * personal), "accuracy", "loss", "used", "left out"]
-    for name in (*columns, "error", "up", "down"):
+    measured = last["aggregation_error"] is not None
+    for name in (*columns, *(["error"] * measured), "up", "down"):
         table.add_column(name, justify="right")
     if private:
         table.add_column("largest ε", justify="right")
@@ -150,12 +151,12 @@ def _table(result: RunResult) -> None:
             *((str(m["used"]), str(len(m["refused"]))) if m["round"] else ("", "")),
             *(
                 (
-                    _percent(m["aggregation_error"], 2),
+                    *([_percent(m["aggregation_error"], 2)] * measured),
                     _size(m["bytes_up"]),
                     _size(m["bytes_down"]),
                 )
                 if m["round"]
-                else ("", "", "")
+                else [""] * (2 + measured)
             ),
         ]
         if private:

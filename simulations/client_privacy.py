@@ -37,7 +37,7 @@ class ClientPrivacy(Section):
     clip: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     quantile: Annotated[float, Field(ge=0.01, le=0.99)] | None = None
     clip_rate: Annotated[float, Field(gt=0, le=10)] = 0.2
-    count_noise: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    count_noise: Annotated[float, Field(gt=0, le=1e5)] | None = None
     mechanism: Literal["gaussian", "tree"] = "gaussian"
     separation: Annotated[int, Field(ge=1, le=100_000)] = 1
     participations: Annotated[int, Field(ge=1, le=100_000)] | None = None

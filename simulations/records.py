@@ -80,6 +80,7 @@ def line(
         "personal": {name: found["accuracy"] for name, found in record.personal.items()},
         "influence": dict(record.influence),
         "unchanged": record.unchanged,
+        **({"secure_sum": dict(record.secure)} if record.secure else {}),
         "epsilon_max": max(spent.values(), default=0.0) if privacy else None,
         "epsilon": spent,
         "client_epsilon": calibration.epsilon(

@@ -24,6 +24,7 @@ from federation.provenance import VERSION_FILE
 from federation.rounds import Round
 from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
+from privacy import secure_statement
 from privacy.cohort_statement import section
 from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
@@ -118,7 +119,20 @@ def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dic
     if promised is not None:
         spent = records.client_events(rounds, last)
         part = section(promised, spent, rounds=last, randomness=folder.SIMULATED)
-    return statement(events, run.privacy, randomness=randomness, rounds=last, client=part)
+    private = run.config.chosen().private
+    hidden = secure_statement.section(
+        [record.secure for record in rounds],
+        bits=getattr(private, "bits", 0),
+        identities=secure_statement.SIMULATED,
+    )
+    return statement(
+        events,
+        run.privacy,
+        randomness=randomness,
+        rounds=last,
+        client=part,
+        secure_sum=hidden,
+    )
 
 
 def lines_of(run: Run, rounds: Sequence[Round]) -> list[dict[str, Any]]:

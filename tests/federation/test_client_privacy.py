@@ -90,6 +90,28 @@ def test_every_round_is_counted_as_it_was_done(tmp_path: Path) -> None:
     assert Round.from_document(old).client_events == ()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": "fedsvd"},
+        {"recipe": "fed-sb"},
+        {"recipe": "rolora"},
+        {"pieces": {"optimise": "fedyogi"}},
+        {"pieces": {"codec": "int8(error_feedback=true)"}},
+    ],
+    ids=str,
+)
+def test_what_comes_before_the_clip_and_after_the_noise_costs_nothing(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """An SVD, a basis, an optimiser, a codec: the account is the same to the last event."""
+    plain, other = private(rounds=2), private(rounds=2, **changes)
+    told = [[r.client_events for r in run(c, tmp_path / c.recipe / str(c.pieces)[:9]).rounds]
+            for c in (plain, other)]  # fmt: skip
+    assert told[0] == told[1]
+    assert plain.client_privacy == other.client_privacy
+
+
 class StopHereError(Exception):
     pass
 

@@ -68,7 +68,7 @@ def test_both_levels_are_shown_by_round_and_end_within_the_budget(
 def test_an_interruption_spends_nothing(
     done: tuple[Scenario, RunResult], tmp_path: Path, world: Path
 ) -> None:
-    scenario, result = done
+    _, result = done
     whole = simulate(world_scenario(world, *PROMISED), tmp_path / "whole")
     assert whole.adapter.digest == result.adapter.digest
     assert whole.privacy == result.privacy
@@ -103,7 +103,7 @@ def test_the_command_shows_and_explains_it(done: tuple[Scenario, RunResult], wor
     sets = [word for override in PROMISED for word in ("--set", override)]
     runner = CliRunner()
     words = ["simulate", str(world), *sets, "--out", str(result.out), "--workers", "0"]
-    shown = runner.invoke(app, words)
+    shown = runner.invoke(app, words, env={"COLUMNS": "120"})
     assert shown.exit_code == 0, shown.output
     assert "client ε" in shown.output
     found = runner.invoke(app, ["privacy", "explain", str(result.adapter_folder)])
