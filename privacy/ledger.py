@@ -19,7 +19,9 @@ The rules it keeps:
   after it returns. A kill before that spends nothing, a kill after it has spent once.
 * **Once.** An event is named by run, client, round and the fingerprint of what was trained; the
   same name again costs nothing, because the same noise would be released again.
-* **Refusal before the step.** An event that would pass the budget raises and leaves no trace.
+* **Refusal before the step.** An event that would pass the budget raises and leaves no trace. So
+  does one that would pass the limit that the ledger's owner has set in it, whatever budget whoever
+  asks comes with (:meth:`Ledger.limit`).
 * **Tamper evidence.** Each row's hash covers the row and the hash before it. Editing, removing or
   reordering rows is found when the ledger is opened; a ledger replaced as a whole by an older copy
   is found by whoever kept its :meth:`Ledger.head`.
@@ -29,8 +31,6 @@ Several processes may use one ledger; each spend is one exclusive transaction.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,40 +41,15 @@ from typing import Any
 import sqlalchemy as sql
 
 from privacy import calibration
+from privacy import ledger_rows as rows
 from privacy.budget import Accountant, BudgetError, BudgetExceeded, PrivacyBudget
-from privacy.events import Event, read_event
+from privacy.events import Event
 from privacy.ledger_file import LedgerError, locate, open_engine
+from privacy.ledger_rows import GENESIS, Entry, Limit, Terms
 
-__all__ = ["Entry", "Head", "Ledger", "LedgerEdited", "LedgerError", "Spent"]
+__all__ = ["Entry", "Head", "Ledger", "LedgerEdited", "LedgerError", "Spent", "Terms"]
 
-SCHEMA = 1
-GENESIS = hashlib.sha256(b"airpeft privacy ledger 1").hexdigest()
-
-_metadata = sql.MetaData()
-_events = sql.Table(
-    "events",
-    _metadata,
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("client", sql.String, nullable=False, index=True),
-    sql.Column("run", sql.String, nullable=False),
-    sql.Column("round", sql.Integer, nullable=False),
-    sql.Column("inputs", sql.String, nullable=False),
-    sql.Column("event", sql.Text, nullable=False),
-    sql.Column("unix_micro", sql.Integer, nullable=False),
-    sql.Column("previous", sql.String, nullable=False),
-    sql.Column("hash", sql.String, nullable=False),
-    sql.UniqueConstraint("run", "client", "round", "inputs"),
-)
-_head = sql.Table(
-    "head",
-    _metadata,
-    sql.Column("id", sql.Integer, sql.CheckConstraint("id = 1"), primary_key=True),
-    sql.Column("schema", sql.Integer, nullable=False),
-    sql.Column("count", sql.Integer, nullable=False),
-    sql.Column("hash", sql.String, nullable=False),
-)
-_UNTOLD = ("event", "previous")
-_HASHED = ("number", "client", "run", "round", "inputs", "event", "unix_micro", "previous")
+EVERYBODY = "*"  # in a limit: every client of the ledger that has none of its own
 
 
 class LedgerEdited(LedgerError):  # noqa: N818 - says what happened
@@ -95,19 +70,6 @@ class Spent:
 
     epsilon: float
     repeated: bool
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One event of the ledger; ``unix_micro`` is when it was recorded, ``inputs`` of what."""
-
-    number: int
-    client: str
-    run: str
-    round: int
-    event: Event
-    unix_micro: int
-    inputs: str = ""
 
 
 class Ledger:
