@@ -35,7 +35,6 @@ from protos.messages import (
     RejectReason,
     Report,
     SignedReport,
-    bucket,
     encode_report,
 )
 from protos.signed import RoundDocument
@@ -111,7 +110,7 @@ class House:
     def told(self, name: str) -> str | None:
         """The release that the round in force assigns to a device; None: stay as you are."""
         document = self.repository.round()
-        wanted = document.assignment(bucket(document.salt, name))
+        wanted = document.assignment_of(name)
         return release_name(wanted) if wanted is not None else None
 
     def obey(self, rollout: Rollout) -> None:
