@@ -166,11 +166,11 @@ class _Reader:
 
     def term_of(self, word: str) -> Term:
         """A chain of ``or``, or below it one of ``and``."""
-        inner = (lambda: self.term_of("and")) if word == "or" else self._single
-        parts = [inner()]
-        while self._kind == "name" and self.word == word:
-            self._step()
-            parts.append(inner())
+        parts: list[Term] = []
+        while not parts or (self._kind == "name" and self.word == word):
+            if parts:
+                self._step()
+            parts.append(self.term_of("and") if word == "or" else self._single())
         return parts[0] if len(parts) == 1 else Many(word, tuple(parts))
 
     def wrong(self, wanted: str) -> FilterError:

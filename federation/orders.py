@@ -155,6 +155,6 @@ class Observation:
     def given_up(self, retries: Retries) -> bool:
         """Whether it has failed more often than its class of failure may try again."""
         kind = CLASSES.get(self.reason, FailureClass.RELEASE)
-        if self.outcome is DeviceEvent.REVERTED:
+        if self.outcome is not DeviceEvent.FAILED and kind is FailureClass.DEVICE:
             kind = FailureClass.RELEASE
         return self.failed and self.attempts > retries.of(kind)

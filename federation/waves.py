@@ -129,8 +129,8 @@ def parse_plan(words: Sequence[str], fleet: int) -> tuple[Wave, ...]:
 
     >>> [str(wave) for wave in parse_plan(["1x3"], fleet=20)]
     ['1', '3', '9', '100%']
-    >>> [str(wave) for wave in parse_plan(["where id == \\"lab\\"", "10%x3"], fleet=20)]
-    ['100% where id == "lab"', '10%', '30%', '90%', '100%']
+    >>> [str(wave) for wave in parse_plan(["where connected == true", "10%x3"], fleet=20)]
+    ['100% where connected == true', '10%', '30%', '90%', '100%']
 
     Args:
         words: one for each wave, or for each run of waves.

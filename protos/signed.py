@@ -47,8 +47,8 @@ from protos.signed_checks import (
     split_target,
     target_name,
 )
-from protos.window import Window
 from protos.statement import Evaluation, Lineage, PrivacyClaim, ReleaseStatement
+from protos.window import Window
 
 __all__ = [
     "ADAPTERS_ROLE",

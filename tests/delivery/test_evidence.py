@@ -17,6 +17,10 @@ CLIP, TOLERANCE, ALPHA = 0.1, 0.02, 0.05
 EXAMPLES = 40  # held-out examples on each device
 
 
+def chance(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311
+
+
 def measured(rng: random.Random, fall: float) -> float:
     """The fall that one honest device measures, on examples of its own."""
     before = sum(rng.random() < 0.8 for _ in range(EXAMPLES))
@@ -24,7 +28,7 @@ def measured(rng: random.Random, fall: float) -> float:
     return (before - after) / EXAMPLES
 
 
-def ever_shown(falls: list[float], liars: int, **options: float) -> int:
+def ever_shown(falls: list[float], liars: int) -> int:
     """After how many reports the claim is made, looking after each of them; 0 for never."""
     for count in range(1, len(falls) + 1):
         if fall_shown(falls[:count], above=TOLERANCE, clip=CLIP, liars=liars, alpha=ALPHA).shown:
@@ -35,7 +39,7 @@ def ever_shown(falls: list[float], liars: int, **options: float) -> int:
 @pytest.mark.parametrize("fall", [0.0, 0.02])
 def test_a_good_release_is_halted_less_often_than_the_stated_rate(fall: float) -> None:
     """At the very edge of the tolerance, looking after each report: the worst there is."""
-    rng = random.Random(5)
+    rng = chance(5)
     wrong = 0
     for _ in range(200):
         # Clipping is part of the claim: what is tested is the mean of the clipped falls.
@@ -45,13 +49,13 @@ def test_a_good_release_is_halted_less_often_than_the_stated_rate(fall: float) -
 
 
 def test_a_bad_release_is_found_and_how_soon() -> None:
-    rng = random.Random(6)
+    rng = chance(6)
     needed = [ever_shown([measured(rng, 0.15) for _ in range(80)], liars=0) for _ in range(30)]
     assert all(needed), "a fall of 15 points went unseen on 80 devices"
     assert statistics.median(needed) <= 30
 
 
-def lies(rng: random.Random, honest: list[float], share: float, lie: float) -> list[float]:
+def lies(honest: list[float], share: float, lie: float) -> list[float]:
     """The same number of reports, of which a share of liars speaks first, and all alike."""
     liars = int(share * len(honest))
     return [lie] * liars + honest[liars:]
@@ -60,27 +64,27 @@ def lies(rng: random.Random, honest: list[float], share: float, lie: float) -> l
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_liars_cannot_halt_a_good_release(share: float) -> None:
     """They rush to be the first to report, and all of them report a total loss."""
-    rng, wrong = random.Random(7), 0
+    rng, wrong = chance(7), 0
     for _ in range(100):
-        reports = lies(rng, [measured(rng, 0.0) for _ in range(100)], share, lie=1.0)
+        reports = lies([measured(rng, 0.0) for _ in range(100)], share, lie=1.0)
         wrong += bool(ever_shown(reports, liars=int(share * 100)))
     assert wrong / 100 <= ALPHA
 
 
 def test_without_the_trimming_they_could() -> None:
-    rng = random.Random(8)
-    reports = lies(rng, [measured(rng, 0.0) for _ in range(100)], 0.2, lie=1.0)
+    rng = chance(8)
+    reports = lies([measured(rng, 0.0) for _ in range(100)], 0.2, lie=1.0)
     assert ever_shown(reports, liars=0)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1])
 def test_liars_cannot_hide_a_release_that_is_worse_beyond_the_band(share: float) -> None:
-    rng = random.Random(9)
+    rng = chance(9)
     count = 600
     fall = TOLERANCE + blind_band(CLIP, share) + 0.03
     for _ in range(10):
         honest = [rng.choice((fall - 0.01, fall + 0.01)) for _ in range(count)]
-        reports = lies(rng, honest, share, lie=-1.0)
+        reports = lies(honest, share, lie=-1.0)
         found = fall_shown(
             reports, above=TOLERANCE, clip=CLIP, liars=int(share * count), alpha=ALPHA
         )
@@ -89,22 +93,22 @@ def test_liars_cannot_hide_a_release_that_is_worse_beyond_the_band(share: float)
 
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_liars_cannot_prove_a_bad_release_harmless(share: float) -> None:
-    rng, wrong = random.Random(10), 0
+    rng, wrong = chance(10), 0
     for _ in range(100):
         honest = [rng.choice((0.0, 0.1)) for _ in range(200)]  # a mean fall of 0.05, the margin
-        reports = lies(rng, honest, share, lie=-1.0)
+        reports = lies(honest, share, lie=-1.0)
         found = no_fall_shown(reports, below=0.05, clip=CLIP, liars=int(share * 200), alpha=ALPHA)
         wrong += found.shown
     assert wrong / 100 <= ALPHA
 
 
 def test_a_harmless_release_is_shown_harmless_though_some_lie() -> None:
-    reports = lies(random.Random(11), [0.0] * 100, 0.05, lie=1.0)
+    reports = lies([0.0] * 100, 0.05, lie=1.0)
     assert no_fall_shown(reports, below=0.05, clip=CLIP, liars=5, alpha=ALPHA).shown
 
 
 def test_the_order_of_the_reports_does_not_matter() -> None:
-    rng = random.Random(12)
+    rng = chance(12)
     falls = [rng.uniform(-0.2, 0.2) for _ in range(50)]
     first = fall_shown(falls, above=TOLERANCE, clip=CLIP, liars=3, alpha=ALPHA)
     rng.shuffle(falls)

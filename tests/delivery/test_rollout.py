@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -278,7 +279,7 @@ def test_filter_waves_pick_by_tags_and_never_let_go() -> None:
         decision = step(rollout, known, 1.0)
     assert [len(got & north) for got in reached[:2]] == [2, 6]
     assert reached[1] == north
-    assert all(a <= b for a, b in zip(reached, reached[1:], strict=False)), "somebody was let go"
+    assert all(a <= b for a, b in itertools.pairwise(reached)), "somebody was let go"
     assert reached[3] == set(FLEET)
     assert decision.rollout.state is State.DONE
 
@@ -307,7 +308,7 @@ def test_a_comparison_keeps_its_sides_apart_while_both_grow() -> None:
     assert decision.rollout.state is State.DONE
     counts = [sorted(Counter(side.values()).values()) for side in sides]
     assert counts == [[2, 2], [5, 5], [10, 10]]
-    for earlier, later in zip(sides, sides[1:], strict=False):
+    for earlier, later in itertools.pairwise(sides):
         assert earlier.items() <= later.items(), "a device changed sides"
     assert Rollout.from_mapping(decision.rollout.to_mapping()) == decision.rollout
 

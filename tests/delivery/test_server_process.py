@@ -22,7 +22,7 @@ from federation import cli
 from federation.client import OperatorError
 from federation.first_start import Passphrases, ServerError, open_repository, take_home
 from federation.keys import ADAPTER_NAMES, ROOT_NAMES, KeyFolder, generate
-from federation.operators import ensure_admin, operator_of, renew_admin
+from federation.operators import Operator, Role, ensure_admin, operator_of, renew_admin
 from federation.store import Store
 from protos.messages import DeviceEvent
 from tests.delivery.rig import ROOT, Device, Obedient, ServerProcess, Watcher, signed_release
@@ -287,10 +287,11 @@ def test_a_new_operators_token_ends_the_old_one(tmp_path: Path) -> None:
     first = (tmp_path / "admin.token").read_text().strip()
     ensure_admin(store, tmp_path)
     assert (tmp_path / "admin.token").read_text().strip() == first
-    assert operator_of(store, first) == "admin"
+    assert operator_of(store, first) == Operator("admin", Role.ADMIN)
     renew_admin(store, tmp_path)
     assert operator_of(store, first) is None
-    assert operator_of(store, (tmp_path / "admin.token").read_text().strip()) == "admin"
+    second = (tmp_path / "admin.token").read_text().strip()
+    assert operator_of(store, second) == Operator("admin", Role.ADMIN)
     store.close()
 
 

@@ -25,8 +25,9 @@ from federation.policy import Policy
 from federation.published import NotFoundError
 from federation.repository import Repository
 from federation.rollout import Rollout, State, Verb
+from federation.rollout_book import NoRolloutError
 from federation.store import Store
-from federation.ticker import NoRolloutError, Ticker
+from federation.ticker import Ticker
 from federation.waves import RolloutError, Wave
 from protos.messages import (
     DeviceEvent,
