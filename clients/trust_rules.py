@@ -135,6 +135,8 @@ def _agreed(believed: Believed, assignment: Assignment, document: RoundDocument)
         length=target.length,
         rollout=document.rollout,
         sequence=document.sequence,
+        window=document.window,
+        bake_seconds=document.bake_seconds,
     )
 
 
