@@ -21,7 +21,7 @@ from clients.trust_verdict import (
     Verdict,
     Withdraw,
 )
-from protos.messages import RejectReason, bucket
+from protos.messages import RejectReason
 from protos.signed import (
     CURRENT_ROUND,
     ROUNDS_ROLE,
@@ -84,7 +84,7 @@ def decide(
     Raises:
         Rejected: the roles disagree, or the release is not for this device.
     """
-    assignment = document.assignment(bucket(document.salt, device.device_id))
+    assignment = document.assignment_of(device.device_id)
     if assignment is None:
         return Stay(f"round {document.sequence} does not reach this device")
     try:
@@ -135,6 +135,8 @@ def _agreed(believed: Believed, assignment: Assignment, document: RoundDocument)
         length=target.length,
         rollout=document.rollout,
         sequence=document.sequence,
+        window=document.window,
+        bake_seconds=document.bake_seconds,
     )
 
 

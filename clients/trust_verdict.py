@@ -34,10 +34,14 @@ class SignedRelease(SignedPayload):
     Attributes:
         rollout: name of the rollout that ordered it.
         sequence: of the round that ordered it.
+        window: when to install it, in the device's own time; empty: at any time.
+        bake_seconds: for how long the device watches its health afterwards.
     """
 
     rollout: str
     sequence: int
+    window: str = ""
+    bake_seconds: int = 0
 
     @property
     def channel(self) -> str:

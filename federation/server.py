@@ -24,10 +24,11 @@ from typing import Any
 import uvicorn
 
 from aggregation import durable
-from federation.api import Desk, make_app
+from federation.api import make_app
 from federation.authority import Authority, open_authority, server_tls
 from federation.broadcast import ENROLMENT, FLEET, EnrolmentService, Feed, FleetService
 from federation.chunks import ChunkCache
+from federation.desk import Desk
 from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, ServerError, last_ports, open_repository, take_home
 from federation.fleet import Fleet
