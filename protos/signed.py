@@ -31,6 +31,7 @@ from protos.signed_checks import (
     MAX_ASSIGNMENTS,
     MAX_TEXT,
     MICRO,
+    REVOKED_KEYS,
     ROUNDS_ROLE,
     SCHEMA,
     SIGNED_UNIX,
@@ -44,22 +45,28 @@ from protos.signed_checks import (
     split_target,
     target_name,
 )
-from protos.statement import Evaluation, Lineage, PrivacyClaim, ReleaseStatement
+from protos.standing import STANDING, Revocation, Standing
+from protos.statement import Evaluation, Hardware, Lineage, PrivacyClaim, ReleaseStatement
 
 __all__ = [
     "ADAPTERS_ROLE",
     "CURRENT_ROUND",
     "DELTA_UNIT",
     "MICRO",
+    "REVOKED_KEYS",
     "ROUNDS_ROLE",
     "SIGNED_UNIX",
+    "STANDING",
     "Assignment",
     "Evaluation",
+    "Hardware",
     "Lineage",
     "PrivacyClaim",
     "ReleaseStatement",
+    "Revocation",
     "RoundDocument",
     "SignedPayload",
+    "Standing",
     "StatementError",
     "check_channel",
     "payload_path",
