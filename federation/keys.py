@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from securesystemslib.signer import (  # type: ignore[attr-defined]  # it has no __all__
     CryptoSigner,
+    Key,
     Signer,
     SSlibKey,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "SCHEMES",
     "THRESHOLD",
     "CryptoSigner",
+    "Key",
     "KeyFileError",
     "KeyFolder",
     "SSlibKey",

@@ -23,7 +23,8 @@ from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has n
 from aggregation import durable
 from federation import roles
 from federation.keys import Signer, key_name
-from federation.published import MAX_METADATA, ReleaseRecord
+from federation.metadata_files import MAX_METADATA
+from federation.published import ReleaseRecord
 from federation.release_request import (
     METADATA,
     PAYLOAD,

@@ -23,8 +23,9 @@ from tuf.api.metadata import Metadata
 from aggregation import durable, payload, peft_layout
 from federation import roles
 from federation.errors import FederationError
+from federation.metadata_files import parse_metadata
 from federation.provenance import read_provenance
-from federation.published import ReleaseRecord, RepositoryError, parse_metadata, read_releases
+from federation.published import ReleaseRecord, RepositoryError, read_releases
 from protos.signed import Evaluation, Lineage, ReleaseStatement, StatementError, check_channel
 
 SCHEMA = 1

@@ -56,7 +56,8 @@ def known_releases(
     home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
 ) -> list[dict[str, Any]]:
     """What the adapter keys vouch for, read from the signed metadata itself."""
-    from federation.published import parse_metadata, read_releases
+    from federation.metadata_files import parse_metadata
+    from federation.published import read_releases
     from federation.release import describe
 
     data = current_adapters(home, url, token_file, repository)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from federation.keys import key_name
-from federation.published import Published, ReleaseRecord, RepositoryError, load
+from federation.metadata_files import load
+from federation.published import Published, ReleaseRecord, RepositoryError
 from federation.roles import in_seconds
 from protos.signed import ADAPTERS_ROLE, ROUNDS_ROLE, SIGNED_UNIX, RoundDocument
 

@@ -45,7 +45,7 @@ from protos.signed_checks import (
     split_target,
     target_name,
 )
-from protos.standing import STANDING, Revocation, Standing
+from protos.standing import STANDING, Revocation, Standing, revoked_keys
 from protos.statement import Evaluation, Hardware, Lineage, PrivacyClaim, ReleaseStatement
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "StatementError",
     "check_channel",
     "payload_path",
+    "revoked_keys",
     "split_target",
     "target_name",
 ]

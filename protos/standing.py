@@ -20,6 +20,7 @@ from typing import Any
 
 from protos.signed_checks import (
     HEX,
+    REVOKED_KEYS,
     StatementError,
     check_channel,
     check_integer,
@@ -134,3 +135,19 @@ class Standing:
             ),
             floors=check_object("standing.floors", doc.get("floors", {})),
         )
+
+
+def revoked_keys(root_fields: Mapping[str, Any]) -> frozenset[str]:
+    """Key identifiers that a root says are revoked, from its further fields.
+
+    >>> revoked_keys({})
+    frozenset()
+
+    Raises:
+        StatementError: the field is not a short list of identifiers.
+    """
+    listed = root_fields.get(REVOKED_KEYS, [])
+    strings = isinstance(listed, list) and all(isinstance(one, str) for one in listed)
+    if not strings or len(listed) > MAX_REVOKED:
+        raise StatementError(f"{REVOKED_KEYS} is not a list of at most {MAX_REVOKED} identifiers")
+    return frozenset(listed)
