@@ -27,6 +27,7 @@ from aggregation.durable import StorageError
 from clients.connection import Connection, ConnectionLost, Denied
 from clients.health import measure as measure_health
 from clients.install import Installer, InstallPolicy, Outcome
+from clients.leaving import Leaving
 from clients.link import Backoff
 from clients.partial import is_full
 from clients.probe import HeldOut
@@ -113,7 +114,7 @@ class Agent:
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
         self._slots, self._queue, self._connect = slots, queue, connect
-        self._policy, self._now = policy, now
+        self._policy, self._now, self._runtime = policy, now, runtime
         self._stop = threading.Event()
         self._connection: Connection | None = None
         self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
@@ -136,6 +137,14 @@ class Agent:
             backoff=backoff(*policy.reconnect),
             stop=self._stop,
         )
+        self._leaving = Leaving(
+            trust=trust,
+            slots=slots,
+            runtime=runtime,
+            restore=self._installer.restore,
+            tell=self._reporter.tell,
+            tell_commit=self._installer.tell_commit,
+        )
 
     @property
     def status(self) -> AgentStatus:
@@ -144,7 +153,12 @@ class Agent:
 
     def start(self) -> None:
         """Serve what was committed last, and say so. Before :meth:`run`, once."""
-        version = self._installer.restore()
+        try:
+            self._leaving.before_start()
+            version = self._installer.restore()
+        except StorageError as error:  # a revoked release: rather the base alone than that
+            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
+            version = self._runtime.pin()
         self._installer.tell_commit()
         self._reporter.tell(
             DeviceEvent.STARTED,
@@ -196,6 +210,7 @@ class Agent:
         try:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
+            self._leave_revoked()
             if rejected.reason in IMPOSTOR:
                 self._reporter.doubt(str(rejected))
             else:
@@ -215,6 +230,7 @@ class Agent:
             self._due = ("", time.monotonic() + self._later.next())
             return
         self._reporter.believe(connection)
+        self._leave_revoked()
         match verdict:
             case Stay(reason=reason):
                 log.debug("stay: %s", reason)
@@ -222,6 +238,15 @@ class Agent:
                 self._withdraw(verdict)
             case Install(release=release):
                 self._install(release, connection)
+
+    def _leave_revoked(self) -> None:
+        try:
+            self._leaving.leave()
+        except StorageError as error:
+            self._reporter.tell_once(
+                DeviceEvent.FAILED, detail=f"a revoked release serves: {error}"
+            )
+            self._due = ("", time.monotonic() + self._later.next())
 
     def _withdraw(self, order: Withdraw) -> None:
         if self._slots.state.active is not None:
