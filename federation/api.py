@@ -22,9 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregation.durable import StorageError
 from federation.api_bodies import ReleaseRequest, RolloutRequest, TokenRequest, WhyRequest
+from federation.api_trust import add_trust_routes
 from federation.enrolment import Enrolment, EnrolmentError
 from federation.errors import FederationError
 from federation.fleet import Fleet, UnknownDeviceError
+from federation.keys import Signer
+from federation.metadata_files import parse_metadata
 from federation.metrics import CONTENT_TYPE, Metrics
 from federation.operators import operator_of
 from federation.policy import Policy
@@ -55,6 +58,7 @@ class Desk:
     Attributes:
         endpoints: where devices enrol and connect, ``{"enrol": "host:port", "fleet": ...}``.
         wake: called (from any thread) when streams should look again.
+        online_key: finds an online key by its identifier, for a change of keys.
     """
 
     store: Store
@@ -65,6 +69,7 @@ class Desk:
     metrics: Metrics
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
+    online_key: Callable[[str], Signer]
 
 
 def make_app(desk: Desk) -> FastAPI:
@@ -87,6 +92,14 @@ def make_app(desk: Desk) -> FastAPI:
     _add_fleet_routes(app, desk, Who)
     _add_release_routes(app, desk, Who)
     _add_rollout_routes(app, desk, Who)
+    add_trust_routes(
+        app,
+        Who,
+        repository=desk.repository,
+        store=desk.store,
+        online=desk.online_key,
+        wake=desk.wake,
+    )
     return app
 
 
@@ -177,10 +190,11 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, who: Any) -> None:
 
 def _add_release_routes(app: FastAPI, desk: Desk, who: Any) -> None:
     @app.get("/v1/repository/adapters")
-    def adapters(operator: who) -> dict[str, Any]:
-        """The current adapters metadata: what the next release is made from."""
-        metadata = base64.b64encode(desk.repository.adapters()).decode()
-        return {"version": desk.repository.versions()["adapters"], "metadata": metadata}
+    def adapters(operator: who, channel: str = "") -> dict[str, Any]:
+        """The current metadata of a channel's role: what its next release is made from."""
+        data = desk.repository.adapters(channel)
+        version = parse_metadata(data, "adapters").signed.version
+        return {"version": version, "metadata": base64.b64encode(data).decode()}
 
     @app.get("/v1/releases")
     def releases(operator: who) -> list[dict[str, Any]]:

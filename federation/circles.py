@@ -121,3 +121,26 @@ def differences(before: Mapping[str, Circle], after: Mapping[str, Circle]) -> It
             yield f"{name}: speaks for {', '.join(new.paths)}, for {', '.join(old.paths)} before"
     for name in before.keys() - after.keys():
         yield f"{name}: is gone"
+
+
+def find_key(name: str, known: Mapping[str, Circle]) -> tuple[str, str]:
+    """Circle and identifier of the key that a person means.
+
+    Args:
+        name: its name, or the beginning of its identifier.
+        known: the circles.
+
+    Raises:
+        KeyChangeError: no key is called so, or several are.
+    """
+    found = [
+        (circle.name, keyid)
+        for circle in known.values()
+        for keyid, key in circle.keys.items()
+        if key_name(key) == name or (len(name) >= 8 and keyid.startswith(name))
+    ]
+    if len(found) != 1:
+        names = ", ".join(n for circle in known.values() for n in circle.names)
+        how = "no key" if not found else "more than one key"
+        raise KeyChangeError(f"{how} is called {name!r}; there are: {names}")
+    return found[0]

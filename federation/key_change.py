@@ -35,6 +35,7 @@ from federation.circles import (
     KeyChangeError,
     check_circles,
     circles,
+    find_key,
 )
 from federation.keys import THRESHOLD, Key, key_name
 from federation.metadata_files import parse_metadata
@@ -123,7 +124,7 @@ def plan(before: Offline, change: KeyChange, now: datetime) -> Offline:
     root, targets = copy.deepcopy(before.root), copy.deepcopy(before.targets)
     _delegate(targets, change, before)
     touched = set(change.thresholds) | set(change.delegate)
-    dropped = [_find(name, before.circles()) for name in change.drop]
+    dropped = [find_key(name, before.circles()) for name in change.drop]
     for circle, keyid in dropped:
         touched.add(circle)
         _revoke(root, targets, circle, keyid)
@@ -235,21 +236,6 @@ def _listed(before: Offline, role: str, channel: str) -> bool:
         return False
     start = f"adapters/{channel.removesuffix('*')}" + ("" if channel.endswith("*") else "/")
     return any(path.startswith(start) for path in before.files[role].signed.targets)
-
-
-def _find(name: str, known: Mapping[str, Circle]) -> tuple[str, str]:
-    """Circle and identifier of the key that a person means."""
-    found = [
-        (circle.name, keyid)
-        for circle in known.values()
-        for keyid, key in circle.keys.items()
-        if key_name(key) == name or (len(name) >= 8 and keyid.startswith(name))
-    ]
-    if len(found) != 1:
-        names = ", ".join(n for circle in known.values() for n in circle.names)
-        how = "no key" if not found else "more than one key"
-        raise KeyChangeError(f"{how} is called {name!r}; there are: {names}")
-    return found[0]
 
 
 def _check_name(key: Key, circle: str, known: Mapping[str, Circle]) -> None:

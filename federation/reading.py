@@ -57,6 +57,10 @@ class Reading:
         names = ("root", "targets", *self._state.adapter_roles)
         return {role: self._state.files[role] for role in names}
 
+    def online_keyid(self) -> str:
+        """Identifier of the online key that the root names."""
+        return str(self._state.signed["root"].roles["timestamp"].keyids[0])
+
     def standing(self) -> Mapping[str, Standing]:
         """What each role that signs releases says of those that are out already."""
         return self._state.standing

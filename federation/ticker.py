@@ -85,9 +85,11 @@ class Ticker:
 
         Raises:
             NotFoundError: no such release.
+            PublishError: it is revoked, or below its channel's floor.
             RolloutError: an impossible plan, or the fleet has this release already.
         """
         record = self._repository.release(release)
+        self._repository.check_orderable(record)
         target = Target(record.name, record.target, record.sha256)
         with self._lock, self._store.write() as connection:
             newest = connection.execute(sa.select(sa.func.max(tables.rollouts.c.number))).scalar()
