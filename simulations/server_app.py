@@ -20,12 +20,13 @@ from aggregation import durable, peft_layout
 from aggregation.adapter import Adapter
 from clients.trainer import Trainer
 from federation import cohort
+from federation.provenance import VERSION_FILE
 from federation.rounds import Round
 from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
 from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
-from simulations import evaluation, folder, records, report
+from simulations import evaluation, folder, origin, records, report
 from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
 from simulations.folder import Run
 from simulations.scenario import Scenario, load
@@ -120,7 +121,10 @@ def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progres
         result.adapter,
         base_name=run.base.name,
         card=report.model_card(run, lines, told),
-        extra={FILE: json.dumps(told, indent=1, sort_keys=True).encode()},
+        extra={
+            FILE: json.dumps(told, indent=1, sort_keys=True).encode(),
+            VERSION_FILE: origin.version_file(run, result.rounds[-1]),
+        },
     )
     durable.write_bytes(run.out / folder.METRICS, records.jsonl(lines))
     durable.write_bytes(run.out / folder.CURVES, picture)
