@@ -150,11 +150,12 @@ def plan(before: Offline, change: KeyChange, now: datetime) -> Offline:
         after["targets"] = Metadata(targets)
     for role in [r for r in circles(root, targets) if r not in (ROOT, ONLINE)]:
         if role in change.delegate:
-            after[role] = Metadata(Targets(version=0))
+            after[role] = Metadata(Targets())
         elif change.renew or role in touched:
             after[role] = Metadata(copy.deepcopy(before.files[role].signed))
     for role, metadata in after.items():
-        roles.dated(metadata.signed, role, metadata.signed.version + 1, now)
+        number = 1 if role in change.delegate else metadata.signed.version + 1
+        roles.dated(metadata.signed, role, number, now)
     result = Offline(after)
     check_change(before, result)
     return result
@@ -232,7 +233,7 @@ def _delegate(targets: Targets, change: KeyChange, before: Offline) -> None:
 
 def _listed(before: Offline, role: str, channel: str) -> bool:
     """Whether a role's file lists a release of this channel (``acme``, or ``acme-*``)."""
-    if role not in before.files:
+    if role not in before.files or role == ROOT:
         return False
     start = f"adapters/{channel.removesuffix('*')}" + ("" if channel.endswith("*") else "/")
     return any(path.startswith(start) for path in before.files[role].signed.targets)

@@ -79,7 +79,7 @@ class KeyRequest:
         """What changes, for people; from the files themselves, not from what is said of them."""
         after = self.after.over(self.before).circles()
         found = list(differences(self.before.circles(), after))
-        for role, metadata in sorted(self.after.files.items()):
+        for role, metadata in self.after.files.items():
             signed = metadata.signed
             found.append(f"{role}.json: version {signed.version}, to {signed.expires:%Y-%m-%d}")
         return found
@@ -88,7 +88,7 @@ class KeyRequest:
         """Who must sign what."""
         old, new = self.before.circles(), self.after.over(self.before).circles()
         found = []
-        for role in self.after.files:
+        for role in sorted(self.after.files, key=lambda r: (r != "root", r != "targets", r)):
             if role == "root":
                 found += [Need(role, old[ROOT], old=True), Need(role, new[ROOT], old=False)]
             else:
