@@ -143,6 +143,9 @@ def _the_new_one(state: Published, signed: _Signed) -> ReleaseRecord:
     if len(new) != 1:
         names = ", ".join(record.name for record in new) or "none"
         raise PublishError(f"exactly one new release is published at a time; new here: {names}")
+    revoked = signed.standing.revocation(new[0].sha256)
+    if revoked is not None:
+        raise PublishError(f"{new[0].name}: these very bytes are revoked, as {revoked.release}")
     channel, counter = split_target(new[0].target)
     highest = max(
         (r.statement.counter for r in state.releases if r.statement.channel == channel), default=0

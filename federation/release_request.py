@@ -82,6 +82,12 @@ def make_request(
     current, records = parse_adapters(adapters, "the current adapters metadata")
     try:
         standing = read_standing(current.signed)
+        revoked = standing.revocation(encoded.sha256)
+        if revoked is not None:
+            raise ReleaseError(
+                f"these very bytes are revoked, as {revoked.release} ({revoked.why}): no device "
+                "would install them"
+            )
         statement = statement_for(adapter, encoded, adapter_folder, records, standing, options, now)
         statement = passed(statement, records, standing, options.force_worse)
     except StatementError as error:
