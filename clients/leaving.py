@@ -84,7 +84,7 @@ class Leaving:
         else:
             self._slots.withdraw({**order, "release": ""})
         name = before.release if before is not None and usable else "the base model"
-        log.warning("%s is revoked (%s): %s serves instead", active.release, why, name)
+        log.warning("revoked: %s; %s serves instead", why, name)
         self._tell(
             DeviceEvent.REVERTED,
             release=active.release,

@@ -97,7 +97,7 @@ def test_a_revocation_is_never_taken_back(
     with pytest.raises(PublishError, match="stays revoked"):
         publisher.repository.publish_standing(roles.to_bytes(forged), now=publisher.now)
     data = payload_of(3)
-    signed = publisher.signed_adapters(statement(3), data)  # forgets the standing
+    signed = publisher.signed_adapters(statement(3), data, standing=Standing())
     with pytest.raises(PublishError, match="stays revoked"):
         publisher.repository.publish_release(signed, data, now=publisher.now)
 
