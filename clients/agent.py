@@ -27,6 +27,7 @@ from clients.agent_policy import AgentPolicy
 from clients.connection import Connection, ConnectionLost, Denied
 from clients.health import measure as measure_health
 from clients.install import Installer, Outcome
+from clients.leaving import Leaving
 from clients.link import Backoff
 from clients.partial import is_full
 from clients.permission import Permission, Wait
@@ -102,8 +103,7 @@ class Agent:
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
         self._slots, self._queue, self._connect = slots, queue, connect
-        self._runtime = runtime
-        self._policy, self._now = policy, now
+        self._policy, self._now, self._runtime = policy, now, runtime
         self._stop = threading.Event()
         self._connection: Connection | None = None
         self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
@@ -130,6 +130,14 @@ class Agent:
             forget=trust.remember_bad,
             now=now,
         )
+        self._leaving = Leaving(
+            trust=trust,
+            slots=slots,
+            runtime=runtime,
+            restore=self._installer.restore,
+            tell=self._reporter.tell,
+            tell_commit=self._installer.tell_commit,
+        )
 
     @property
     def status(self) -> AgentStatus:
@@ -138,7 +146,11 @@ class Agent:
 
     def start(self) -> None:
         """Serve what was committed last, and say so. Before :meth:`run`, once."""
-        self._installer.restore()
+        try:
+            self._leaving.before_start()
+            self._installer.restore()
+        except StorageError as error:  # a revoked release: rather the base alone than that
+            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
         self._installer.tell_commit()
         self._installer.resume_watch()
         version = self._runtime.pin()
@@ -197,6 +209,7 @@ class Agent:
         try:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
+            self._leave_revoked()
             if rejected.reason in IMPOSTOR:
                 self._reporter.doubt(str(rejected))
             elif connection is not None:
@@ -217,6 +230,7 @@ class Agent:
             return
         if connection is not None:
             self._reporter.believe(connection)
+        self._leave_revoked()
         match verdict:
             case Stay(reason=reason):
                 log.debug("stay: %s", reason)
@@ -224,6 +238,15 @@ class Agent:
                 self._withdraw(verdict)
             case Install(release=release):
                 self._install(release, connection)
+
+    def _leave_revoked(self) -> None:
+        try:
+            self._leaving.leave()
+        except StorageError as error:
+            self._reporter.tell_once(
+                DeviceEvent.FAILED, detail=f"a revoked release serves: {error}"
+            )
+            self._due = ("", time.monotonic() + self._later.next())
 
     def _withdraw(self, order: Withdraw) -> None:
         if self._slots.state.active is not None:

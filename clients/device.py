@@ -20,6 +20,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import random
 import signal
 import threading
@@ -131,6 +132,7 @@ def run_device(
 
 
 def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any, Any]:
+    import psutil
     import torch
 
     from clients.agent import Agent, AgentPolicy
@@ -172,6 +174,8 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
             base_digest=runtime.base_digest,
             runtime=runtime.kind,
             agent_built_unix=BUILT_UNIX,
+            machine=platform.machine(),
+            memory_mib=psutil.virtual_memory().total >> 20,
         ),
         trust=Trust(home / "trust", who.root),
         slots=Slots(home),

@@ -114,6 +114,7 @@ class Reporter:
             self._told.remove(key)
         if self._connection is not connection:
             self._connection = connection
+            self.status.link = ""  # whatever doubt there was
             self._queue.arrived.set()
 
     def doubt(self, why: str) -> None:

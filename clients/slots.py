@@ -150,6 +150,10 @@ class Slots:
                 return record
         return None
 
+    def previous(self) -> SlotRecord | None:
+        """The release that served before, if it is still whole."""
+        return None if self._state.previous is None else self._record(self._state.previous)
+
     def holds(self, sha256: str) -> bool:
         """Whether the idle slot has this very payload, whole: no need to fetch it again."""
         try:
@@ -252,9 +256,9 @@ class Slots:
         """End the trial; the active release goes on as if nothing had been."""
         self._write_state(replace(self._state, trial=None, attempts=0))
 
-    def fall_back(self) -> SlotRecord | None:
-        """Give up a damaged active slot for the one that served before; None: the base alone."""
-        self._write_state(SlotState(active=self._state.previous))
+    def fall_back(self, untold: Mapping[str, Any] | None = None) -> SlotRecord | None:
+        """Give up the active slot for the one that served before; None: the base alone."""
+        self._write_state(SlotState(active=self._state.previous, untold=untold))
         return self.active()
 
     # --- files ------------------------------------------------------------------------------------

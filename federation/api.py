@@ -22,11 +22,13 @@ from aggregation.durable import StorageError
 from federation.api_bodies import ReleaseRequest, TagsRequest, TokenRequest, WhyRequest
 from federation.api_operators import add_operator_routes
 from federation.api_rollouts import add_rollout_routes
+from federation.api_trust import add_trust_routes
 from federation.desk import Desk
 from federation.enrolment import EnrolmentError
 from federation.errors import FederationError
 from federation.filters import Filter
 from federation.fleet import UnknownDeviceError
+from federation.metadata_files import parse_metadata
 from federation.metrics import CONTENT_TYPE
 from federation.operators import Operator, OperatorsError, Right, operator_of
 from federation.published import NotFoundError, PublishError, ReleaseRecord
@@ -81,6 +83,14 @@ def make_app(desk: Desk) -> FastAPI:
     _add_release_routes(app, desk, look, operate)
     add_rollout_routes(app, desk, look, operate, Annotated[Operator, Depends(operator)])
     add_operator_routes(app, desk, look, needs(Right.ADMINISTER))
+    add_trust_routes(
+        app,
+        needs(Right.ADMINISTER),
+        repository=desk.repository,
+        store=desk.store,
+        online=desk.online_key,
+        wake=desk.wake,
+    )
     return app
 
 
@@ -172,10 +182,11 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
 
 def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
     @app.get("/v1/repository/adapters")
-    def adapters(operator: look) -> dict[str, Any]:
-        """The current adapters metadata: what the next release is made from."""
-        metadata = base64.b64encode(desk.repository.adapters()).decode()
-        return {"version": desk.repository.versions()["adapters"], "metadata": metadata}
+    def adapters(operator: look, channel: str = "") -> dict[str, Any]:
+        """The current metadata of a channel's role: what its next release is made from."""
+        data = desk.repository.adapters(channel)
+        version = parse_metadata(data, "adapters").signed.version
+        return {"version": version, "metadata": base64.b64encode(data).decode()}
 
     @app.get("/v1/releases")
     def releases(operator: look) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -125,9 +125,9 @@ class OperatorClient:
         """Never admit this device again."""
         return self._call("POST", f"/v1/devices/{device_id}/revoke", {"why": why})
 
-    def adapters(self) -> tuple[int, bytes]:
-        """Version and bytes of the current adapters metadata, as ``release make`` needs them."""
-        answer = self._call("GET", "/v1/repository/adapters")
+    def adapters(self, channel: str = "") -> tuple[int, bytes]:
+        """Version and bytes of the metadata that a channel's next release is made from."""
+        answer = self._call("GET", f"/v1/repository/adapters?channel={quote(channel, safe='')}")
         return int(answer["version"]), base64.b64decode(answer["metadata"])
 
     def publish_release(self, metadata: bytes, payload: bytes) -> dict[str, Any]:
@@ -137,6 +137,24 @@ class OperatorClient:
             "payload": base64.b64encode(payload).decode(),
         }
         return self._call("POST", "/v1/releases", body)
+
+    def publish_revocation(self, metadata: bytes) -> dict[str, Any]:
+        """Send a signed revocation; sending it again changes nothing."""
+        body = {"metadata": base64.b64encode(metadata).decode()}
+        return self._call("POST", "/v1/revocations", body)
+
+    def offline(self) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        """The files that offline keys have signed, by role, and when every file expires."""
+        answer = self._call("GET", "/v1/repository/offline")
+        files = {role: base64.b64decode(data) for role, data in answer["files"].items()}
+        return files, list(answer["expiries"])
+
+    def change_keys(
+        self, files: Mapping[str, bytes], *, hold: bool = False, why: str = ""
+    ) -> dict[str, Any]:
+        """Send a signed change of keys; sending it again changes nothing."""
+        wire = {role: base64.b64encode(data).decode() for role, data in files.items()}
+        return self._call("POST", "/v1/keys", {"files": wire, "hold": hold, "why": why})
 
     def releases(self) -> list[dict[str, Any]]:
         """Every release that the adapter keys vouch for."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from federation.enrolment import Enrolment
 from federation.fleet import Fleet
+from federation.keys import Signer
 from federation.metrics import Metrics
 from federation.repository import Repository
 from federation.store import Store
@@ -20,6 +21,7 @@ class Desk:
     Attributes:
         endpoints: where devices enrol and connect, ``{"enrol": "host:port", "fleet": ...}``.
         wake: called (from any thread) when streams should look again.
+        online_key: finds an online key by its identifier, for a change of keys.
     """
 
     store: Store
@@ -30,3 +32,4 @@ class Desk:
     metrics: Metrics
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
+    online_key: Callable[[str], Signer]

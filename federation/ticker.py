@@ -82,6 +82,7 @@ class Ticker:
 
         Raises:
             NotFoundError: no such release.
+            PublishError: it is revoked, or below its channel's floor.
             RolloutError: an impossible plan, or the fleet has this release already.
         """
         with self._lock, self._store.write() as connection:
@@ -127,6 +128,7 @@ class Ticker:
 
     def _target(self, name: str) -> Target:
         record = self._repository.release(name)
+        self._repository.check_orderable(record)
         return Target(record.name, record.target, record.sha256)
 
     def start(

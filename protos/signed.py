@@ -34,6 +34,7 @@ from protos.signed_checks import (
     MAX_ASSIGNMENTS,
     MAX_TEXT,
     MICRO,
+    REVOKED_KEYS,
     ROUNDS_ROLE,
     SCHEMA,
     SIGNED_UNIX,
@@ -47,7 +48,8 @@ from protos.signed_checks import (
     split_target,
     target_name,
 )
-from protos.statement import Evaluation, Lineage, PrivacyClaim, ReleaseStatement
+from protos.standing import STANDING, Revocation, Standing, revoked_keys
+from protos.statement import Evaluation, Hardware, Lineage, PrivacyClaim, ReleaseStatement
 from protos.window import Window
 
 __all__ = [
@@ -55,18 +57,24 @@ __all__ = [
     "CURRENT_ROUND",
     "DELTA_UNIT",
     "MICRO",
+    "REVOKED_KEYS",
     "ROUNDS_ROLE",
     "SIGNED_UNIX",
+    "STANDING",
     "Assignment",
     "Evaluation",
+    "Hardware",
     "Lineage",
     "PrivacyClaim",
     "ReleaseStatement",
+    "Revocation",
     "RoundDocument",
     "SignedPayload",
+    "Standing",
     "StatementError",
     "check_channel",
     "payload_path",
+    "revoked_keys",
     "split_target",
     "target_name",
 ]

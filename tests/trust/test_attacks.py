@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata, TargetFile
 
 from aggregation.durable import StorageError
 from clients.trust import Rejected, Stay, Trust, TrustStateError, Withdraw
-from clients.trust_metadata import MAX_FILE_BYTES, MAX_TIMESTAMP_BYTES
+from clients.trust_source import MAX_FILE_BYTES, MAX_TIMESTAMP_BYTES
 from federation import roles
 from federation.keys import generate
 from protos.messages import MetadataBundle, RejectReason, bucket
