@@ -33,8 +33,8 @@ def places_of_its_own_in_a_secure_sum(recipe: Recipe) -> str:
         return ""
     return (
         f"codec={recipe.codec} writes each client's values on a scale or at places of its own, and "
-        f"private={recipe.private} adds them up without reading any; choose codec=ring, or "
-        "codec=segments to send less"
+        f"private={recipe.private} adds them up without reading any; choose codec=ring or "
+        "codec=float32, and fewer bits of the secure sum to send less"
     )
 
 

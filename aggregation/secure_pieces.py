@@ -42,7 +42,8 @@ class SecureSum(Piece):
     client, so that nothing ever overflows.
 
     Attributes:
-        clip: no value may change by more than this in a round; the step of rounding is
+        clip: no value may change by more than this in a round, nor, for a sketched mean, any row of
+            a module's product by a larger norm; the step of rounding is
             ``clip max_weight clients / 2^(bits-1)``, in weight times value.
         max_weight: the largest weight (number of examples) of a client; one with more cannot take
             part. Not used with equal weights.

@@ -8,6 +8,7 @@ in parts of texts of similar length, so hardly any padding is computed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from privacy.events import SgdEvent
 from privacy.local import PrivateSgd, poisson_batch
 from privacy.planted import Planted
 from privacy.randomness import Stream, derive
+
+log = logging.getLogger("airpeft.clients.loop")
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,19 @@ class LocalRound:
             masks=self.attachment.masks,
             planted=planted,
         ) as private:
+            mode = private.mode
+            log.info("private steps by %s gradients per example: %s", mode.name, mode.reason)
             for _ in range(event.steps):
-                private.step(self._losses(poisson_batch(examples, event.sample_rate, sampling)))
+                batch = poisson_batch(examples, event.sample_rate, sampling)
+                private.step(self._losses(batch, rows=mode.rows_at_once))
         return {"steps": float(event.steps), "sample_rate": event.sample_rate}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.plan, self.attachment.factors, self.attachment.whole)
 
-    def _losses(self, batch: Indices) -> Iterator[Tensor]:
-        """For each part of a batch, every example's own loss."""
-        for part in parts(batch, self.features.tokens.lengths):
+    def _losses(self, batch: Indices, rows: int | None = None) -> Iterator[Tensor]:
+        """For each part of a batch, of so many texts at most, every example's own loss."""
+        for part in parts(batch, self.features.tokens.lengths, rows=rows):
             logits = self.peft_model(**self.features.inputs(part))
             yield torch.nn.functional.cross_entropy(logits, self.labels[part], reduction="none")
 

@@ -146,6 +146,9 @@ class SecureDesk:
             except (SecureSumError, AggregationError):
                 del self._kept[request.client]
                 raise
+            except ValueError as error:  # a public key that X25519 does not take
+                del self._kept[request.client]
+                raise SecureSumError(f"step {request.step}: {error}") from None
 
     def _step(self, kept: _Kept, request: SecureRequest) -> dict[str, bytes]:
         if request.step == "keep":

@@ -221,13 +221,16 @@ def shuffled_batches(examples: int, plan: TrainingPlan, order: Stream) -> Iterat
         yield np.sort(batch)
 
 
-def parts(batch: Indices, lengths: Sequence[int], tokens: int = PART_TOKENS) -> list[Indices]:
+def parts(
+    batch: Indices, lengths: Sequence[int], tokens: int = PART_TOKENS, rows: int | None = None
+) -> list[Indices]:
     """Split a batch into parts of texts of similar length, each of at most so many padded tokens.
 
     Args:
         batch: indices of examples.
         lengths: number of tokens of every example.
         tokens: bound on (texts in the part) x (longest text in the part).
+        rows: bound on the texts in a part; None for no other bound.
 
     Returns:
         the parts, shortest texts first; none for an empty batch.
@@ -236,7 +239,7 @@ def parts(batch: Indices, lengths: Sequence[int], tokens: int = PART_TOKENS) -> 
     out: list[list[int]] = []
     for index in ordered:
         # The newest text is the longest one, so it sets the width of its part.
-        if not out or (len(out[-1]) + 1) * lengths[index] > tokens:
+        if not out or len(out[-1]) == rows or (len(out[-1]) + 1) * lengths[index] > tokens:
             out.append([])
         out[-1].append(index)
     return [np.array(part, np.int64) for part in out]

@@ -50,7 +50,7 @@ class SecureExchange(SecureSteps):
                 self._second(reduction, members)
             self.note |= {"summed": len(members), "bound": reduction.bound}
             self.note |= {"weight": reduction.weight}
-        except (SecureSumError, AggregationError) as error:
+        except (SecureSumError, AggregationError, ValueError) as error:  # or a key that is none
             _log.warning("round %d: the secure sum is given up: %s", taken.expected.round, error)
             taken.given_up = f"the secure sum was given up: {error}"
             for client in list(taken.used):

@@ -12,15 +12,16 @@ and takes the hooks off again, so the model is exported exactly as PEFT made it:
 Each part's loss is a vector with one value per example, and each value may depend on that example
 alone. A large batch comes in parts of any size: gradients are clipped and summed part by part, and
 noise is added once. The divisor is the expected size of a batch, not the actual one, which is
-private. Opacus forms and clips the gradients per example with its hooks, the mode that is fastest
-for low-rank factors (ghost clipping pays a second backward pass to save memory that these small
-gradients do not need). The noise is ours, from a keystream: Opacus' own is not cryptographic.
+private. Opacus clips; the gradients per example are formed by Opacus' hooks or, where only linear
+layers train, by a cheaper way of ours (``privacy.per_example`` chooses, and says why). The noise is
+ours, from a keystream: Opacus' own is not cryptographic.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,13 +32,11 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from privacy.errors import PrivacyError
+from privacy.per_example import LINEAR, LinearGradients, MechanismError, choose, linear_gradients
 from privacy.planted import Planted
 from privacy.randomness import Stream
 
-
-class MechanismError(PrivacyError):
-    """A model that cannot be trained privately as it is, or that did not train."""
+__all__ = ["MechanismError", "PrivateSgd", "check_model", "poisson_batch"]
 
 
 def poisson_batch(examples: int, sample_rate: float, sampling: Stream) -> npt.NDArray[np.int64]:
@@ -65,6 +64,10 @@ class PrivateSgd:
             the data.
         planted: for an audit, further examples; they enter after the real ones and are clipped,
             summed and noised exactly as those are.
+        mode: ``linear`` or ``hooks``, see ``privacy.per_example``; None for the one that is best.
+
+    Attributes:
+        mode: the one that is used, why, and how many examples may come in one part.
 
     Raises:
         MechanismError: if the model has a part for which no gradient per example exists, the
@@ -82,8 +85,10 @@ class PrivateSgd:
         noise: Stream,
         masks: Mapping[str, Tensor] | None = None,
         planted: Planted | None = None,
+        mode: str | None = None,
     ) -> None:
         check_model(model)
+        self.mode = choose(model, mode)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held != {id(p) for p in self._parameters.values()}:
@@ -122,10 +127,16 @@ class PrivateSgd:
         self._quiet = warnings.catch_warnings()
         self._quiet.__enter__()
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        for module in self._model.modules():
-            if _sampler(module) is not None:
-                GradSampleHooks.GRAD_SAMPLERS[type(module)] = _sampler(module)
-        self._hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
+        self._undo = ExitStack()
+        self._linear: LinearGradients | None = None
+        if self.mode.name == LINEAR:
+            self._linear = self._undo.enter_context(linear_gradients(self._model))
+        else:
+            for module in self._model.modules():
+                if _sampler(module) is not None:
+                    GradSampleHooks.GRAD_SAMPLERS[type(module)] = _sampler(module)
+            hooks = GradSampleHooks(self._model, loss_reduction="sum", strict=True)
+            self._undo.callback(hooks.cleanup)
         return self
 
     def __exit__(
@@ -134,7 +145,7 @@ class PrivateSgd:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hooks.cleanup()
+        self._undo.close()
         self._quiet.__exit__(kind, error, trace)
         for parameter in self._parameters.values():
             for name in ("summed_grad", "grad_sample", "_forward_counter", "_current_grad_sample"):
@@ -160,6 +171,8 @@ class PrivateSgd:
         count = 0
         for loss in losses:
             loss.sum().backward()
+            if self._linear is not None:
+                self._linear.collect(len(loss))
             self._accumulate()
             count += int(loss.shape[0])
         if self._planted is None:

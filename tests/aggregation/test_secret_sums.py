@@ -106,14 +106,15 @@ def as_a_sum(
 def test_the_sum_gives_what_the_clear_updates_give(
     name: str, count: int, seed: int, bits: int
 ) -> None:
-    hidden = recipe(name, {"private": f"secure-sum(clip=0.5, max_weight=64, bits={bits})"})
+    clip = 4.0 if name == "fedask" else 0.5  # rows of a product, times their scale, are longer
+    hidden = recipe(name, {"private": f"secure-sum(clip={clip}, max_weight=64, bits={bits})"})
     clear = recipe(name)
     state = begun(clear)
     updates = sent(clear, state.adapter, count, 10 * seed)
     expected = in_the_clear(clear, state, updates, 10 * seed)
     found, bound = as_a_sum(hidden, state, updates, 10 * seed)
     if bits == 32:
-        assert bound < 1e-6
+        assert bound < 2e-6 * clip
     element_wise = clear.optimise.element_wise
     if clear.reduce.factors and not clear.refactor.turns and not element_wise:
         reach = 60 if clear.reduce.kind == "index-mean" else 1  # divided by a part of the weight
@@ -186,7 +187,7 @@ def test_single_updates_and_second_sums_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "pieces", "said"),
     [
-        ("fedit", {"codec": "int8"}, "codec=ring"),
+        ("fedit", {"codec": "int8"}, "codec=float32"),
         ("hetlora", {"weigh": "examples"}, "needs other sums"),
         ("fedit", {"codec": "segments(error_feedback=true)"}, "saves nothing"),
         ("svd-warm-start", {}, "choose reduce=factor-mean"),

@@ -88,10 +88,17 @@ def test_without_privacy_batches_are_even_passes_over_the_data(
     assert counts.sum() == sum(len(batch) for batch in batches)
 
 
-@given(st.lists(st.integers(1, 32), max_size=80), st.integers(32, 400))
-def test_parts_hold_every_example_once_within_the_bound(lengths: list[int], bound: int) -> None:
+@given(
+    st.lists(st.integers(1, 32), max_size=80),
+    st.integers(32, 400),
+    st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_parts_hold_every_example_once_within_the_bounds(
+    lengths: list[int], bound: int, rows: int | None
+) -> None:
     batch = np.arange(len(lengths))
-    out = parts(batch, lengths, bound)
+    out = parts(batch, lengths, bound, rows)
+    assert all(len(part) <= (rows or 80) for part in out)
     assert sorted(i for part in out for i in part.tolist()) == batch.tolist()
     for part in out:
         assert len(part) * max(lengths[i] for i in part) <= bound

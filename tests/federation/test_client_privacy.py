@@ -94,7 +94,6 @@ def test_every_round_is_counted_as_it_was_done(tmp_path: Path) -> None:
     "changes",
     [
         {"recipe": "fedsvd"},
-        {"recipe": "fed-sb"},
         {"recipe": "rolora"},
         {"pieces": {"optimise": "fedyogi"}},
         {"pieces": {"codec": "int8(error_feedback=true)"}},

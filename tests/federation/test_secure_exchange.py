@@ -11,7 +11,10 @@ import pytest
 from flwr.app import Message
 
 from aggregation.adapter import Adapter
+from aggregation.assignment import Assignment
+from aggregation.clipped_sum import transmitted
 from aggregation.init import initial_adapter
+from aggregation.parcel import sent_keys
 from aggregation.recipes import RECIPES
 from aggregation.update import Update
 from clients.secure_desk import SecureDesk, SecureRequest
@@ -20,6 +23,10 @@ from federation.rounds import Round, RoundsConfig, RoundsError
 from federation.secure_exchange import GIVEN_UP, SecureExchange
 from federation.server_app import run_training
 from federation.strategy import TrainingResult
+from privacy.central import CentralPrivacy
+from privacy.cohort_account import CohortAccount
+from privacy.ledger import Ledger
+from privacy.randomness import seeded_key
 from privacy.secure_messages import Confirmation
 from privacy.secure_session import SecureSumError
 from privacy.secure_sum import SecureServer
@@ -252,6 +259,35 @@ def test_a_vector_enters_one_session_and_a_device_one_sum_of_a_round(tmp_path: P
     )  # fmt: skip
     with pytest.raises(SecureSumError, match="already"):
         desk.step(request)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_noise_is_added_to_the_sum_and_released_even_if_that_was_given_up(
+    given_up: bool, tmp_path: Path
+) -> None:
+    promised = CentralPrivacy(rounds=1, clients=12, delta=0.05, noise_multiplier=1e-6, clip=0.5)
+    config = secure_settings(tmp_path, recipe="ffa-lora", client_privacy=promised)
+    assert config.chosen().private.kind == "secure-client-dp"
+    ledger = Ledger(tmp_path / "server.sqlite")
+    account = CohortAccount(promised, run="toy", ledger=ledger, key=seeded_key(1))
+    trained: dict[str, Update] = {}
+    dies = killed_at("masked", 4 if given_up else 0)
+    app = secure_app(behaved, dies=dies, trained=trained)
+    with LocalGrid(app, 12) as grid:
+        result = run_training(grid, config, initial=START, account=account)
+    record, adapter = _last(result)
+    assert [event.steps for event in account.events()] == [1]
+    ledger.close()
+    assert adapter.digest != START.digest
+    keys = sent_keys(START.spec, Assignment(trains="B", sends="B"))
+    total = np.zeros(sum(START.tensors[key].size for key in keys))
+    for update in () if given_up else trained.values():
+        change = transmitted(update.adapter, START, keys)
+        total += change * min(1.0, 0.5 / float(np.linalg.norm(change))) / 12
+    moved = np.concatenate([(adapter.tensors[k] - START.tensors[k]).ravel() for k in keys])
+    assert np.abs(moved - total).max() < 1e-5
+    assert bool(record.secure["given_up"]) == given_up
+    assert record.unchanged == ""
 
 
 @pytest.mark.parametrize(

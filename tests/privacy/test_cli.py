@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import airpeft
 from privacy.budget import Accountant, LocalPrivacy
 from privacy.calibration import epsilon, noise_multiplier
+from privacy.central import CentralPrivacy
 from privacy.events import SgdEvent
 from privacy.ledger import Ledger
 from privacy.planning import rounds_left
@@ -350,3 +351,30 @@ def test_a_real_process(path: Path) -> None:
     )
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1
+
+
+def test_plan_and_ledger_of_whole_clients(tmp_path: Path) -> None:
+    central = CentralPrivacy(
+        delta=1e-5,
+        noise_multiplier=1.0,
+        rounds=20,
+        clients=100,
+        fraction=0.1,
+        sampling="poisson",
+    )
+    shape = ["--unit", "client", "--sample-rate", "0.1", "--rounds", "20", "--delta", "1e-5"]
+    found = data_of("plan", "plan", "--noise-multiplier", "1", *shape)
+    assert (found["unit"], found["epsilon"]) == ("client", central.epsilon_after(20))
+    code, shown, _ = invoke("plan", "--epsilon", "4", *shape)
+    assert code == 0
+    assert "of the clients" in shown
+    assert "for one client added or removed" in shown
+    code, _, errors = invoke("plan", "--epsilon", "4", *shape[2:])
+    assert (code, "--steps is missing" in errors) == (2, True)
+    ledger = Ledger(tmp_path / "server.sqlite")
+    ledger.spend("every-client", "a", 1, central.event(), None, delta=DELTA)
+    ledger.close()
+    code, shown, _ = invoke("ledger", str(ledger.path))
+    assert code == 0
+    assert "for one client added or removed" in shown
+    assert data_of("ledger", "ledger", str(ledger.path))["unit"] == "client"

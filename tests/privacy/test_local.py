@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from privacy.local import MechanismError, PrivateSgd, check_model, poisson_batch
+from privacy.per_example import MODES
 from privacy.randomness import Stream, derive, seeded_key
 from tests.device.tiny import LABELS, TEXTS, make_base
 
@@ -78,7 +79,13 @@ class Recorder(torch.optim.SGD):  # type: ignore[misc]
 
 
 def stepped(
-    setting: Any, batches: list[list[list[int]]], *, clip: float, sigma: float, expected: float
+    setting: Any,
+    batches: list[list[list[int]]],
+    *,
+    clip: float,
+    sigma: float,
+    expected: float,
+    mode: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Parameters before and after some private steps of plain gradient descent at rate 1."""
     parameters = trainable(setting[0])
@@ -91,16 +98,18 @@ def stepped(
         noise_multiplier=sigma,
         expected_batch=expected,
         noise=Stream(derive(KEY, "noise")),
+        mode=mode,
     ) as private:
         for parts in batches:
             private.step(losses(setting, rows) for rows in parts)
     return before, {name: p.detach().clone() for name, p in parameters.items()}
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("clip", [0.05, 1.0, 1e6])
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4, 5]], [[5], [0, 3], [1, 2, 4]]])
 def test_without_noise_the_step_is_the_clipped_sum_over_the_expected_batch(
-    restored: Any, clip: float, parts: list[list[int]]
+    restored: Any, clip: float, parts: list[list[int]], mode: str
 ) -> None:
     rows = [row for part in parts for row in part]
     expected = reference(restored, rows, clip)
@@ -112,7 +121,9 @@ def test_without_noise_the_step_is_the_clipped_sum_over_the_expected_batch(
         noise_multiplier=0.0,
         expected_batch=4.0,
         noise=Stream(KEY),
+        mode=mode,
     ) as private:
+        assert private.mode.name == mode
         assert private.step(losses(restored, rows) for rows in parts) == 6
     scale = float(torch.cat([total.ravel() for total in expected.values()]).norm())
     for (name, total), grad in zip(expected.items(), optimizer.grads, strict=True):
@@ -157,8 +168,11 @@ def test_the_noise_is_the_streams_and_nobody_elses(restored: Any) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("trains", ["lora_A", "lora_B"])
-def test_what_is_frozen_is_neither_clipped_nor_noised(restored: Any, trains: str) -> None:
+def test_what_is_frozen_is_neither_clipped_nor_noised(
+    restored: Any, trains: str, mode: str
+) -> None:
     """With one factor frozen the step is that of a model in which it is a constant."""
     model, rows = restored[0], [0, 1, 2, 3, 4, 5]
     frozen = [p for n, p in trainable(model).items() if trains not in n and "classifier" not in n]
@@ -175,6 +189,7 @@ def test_what_is_frozen_is_neither_clipped_nor_noised(restored: Any, trains: str
             noise_multiplier=0.0,
             expected_batch=4.0,
             noise=Stream(KEY),
+            mode=mode,
         ) as private:
             private.step([losses(restored, rows)])
         scale = float(torch.cat([total.ravel() for total in expected.values()]).norm())
@@ -198,8 +213,9 @@ def ranks(model: nn.Module, kept: int) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4, 5]], [[5], [0, 3], [1, 2, 4]]])
-def test_a_masked_entry_counts_in_no_norm(restored: Any, parts: list[list[int]]) -> None:
+def test_a_masked_entry_counts_in_no_norm(restored: Any, parts: list[list[int]], mode: str) -> None:
     model, clip = restored[0], 0.05
     masks = ranks(model, 2)
     parameters = trainable(model)
@@ -219,6 +235,7 @@ def test_a_masked_entry_counts_in_no_norm(restored: Any, parts: list[list[int]])
         expected_batch=4.0,
         noise=Stream(KEY),
         masks=masks,
+        mode=mode,
     ) as private:
         private.step(losses(restored, rows) for rows in parts)
     scale = float(torch.cat([total.ravel() for total in expected.values()]).norm())
@@ -286,13 +303,15 @@ def test_a_factor_that_is_masked_whole_need_not_move(restored: Any) -> None:
         assert private.step([losses(restored, [0, 1])]) == 2
 
 
-def test_nothing_of_opacus_stays_on_the_model(restored: Any) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_the_mechanism_stays_on_the_model(restored: Any, mode: str) -> None:
     from peft import get_peft_model_state_dict
 
     model = restored[0]
     names = list(get_peft_model_state_dict(model))
     hooks = sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
-    stepped(restored, [[[0, 1]], []], clip=0.5, sigma=1.0, expected=2.0)
+    stepped(restored, [[[0, 1]], []], clip=0.5, sigma=1.0, expected=2.0, mode=mode)
+    assert not any("forward" in vars(m) for m in model.modules())
     assert list(get_peft_model_state_dict(model)) == names
     assert not any("_module." in name for name in names)
     assert hooks == sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())

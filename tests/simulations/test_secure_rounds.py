@@ -74,6 +74,13 @@ def test_real_clients_give_the_sum_of_their_updates(
         assert np.abs(value - secure.adapter.tensors[key]).max() < 2e-3
 
 
+def test_a_sketched_sum_takes_clients_of_several_ranks(world: Path, tmp_path: Path) -> None:
+    more = ("federation.recipe=fedask", "train.ranks=[1, 2, 4]")
+    result = simulate(world_scenario(world, *SECURE[1:], *more), tmp_path / "run")
+    assert [line["unchanged"] for line in result.metrics] == ["", "", ""]
+    assert result.metrics[-1]["secure_sum"]["summed"] == 3
+
+
 def test_workers_give_the_same_bits_and_the_statement_says_what_was_done(
     world: Path, tmp_path: Path
 ) -> None:
