@@ -24,6 +24,7 @@ from federation.desk import Desk
 from federation.facts import TagError, changed_tags
 from federation.metrics import Metrics
 from federation.migrations.versions import r0001_fleet, r0002_rollouts
+from federation.online_keys import online_signer
 from federation.operators import (
     RIGHTS,
     OperatorsError,
@@ -61,6 +62,7 @@ class Interface:
             metrics=Metrics(),
             endpoints=lambda: {},
             wake=lambda: None,
+            online_key=lambda keyid: online_signer(house.home, keyid, None),
         )
         from starlette.testclient import TestClient
 
