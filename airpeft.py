@@ -47,6 +47,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "release": ("federation.release_cli", "release", "Make, sign, publish and verify releases."),
     "rollout": ("federation.cli", "rollout", "Start, watch, halt and roll back a rollout."),
     "fleet": ("federation.cli", "fleet", "List the devices; make enrolment tokens."),
+    "operators": ("federation.operators_cli", "operators", "Give out and take back tokens."),
+    "audit": ("federation.operators_cli", "audit", "Read the audit log; verify its chain."),
     "device": ("clients.cli", "device", "Enrol and run a device."),
     "privacy": (
         "privacy.cli",

@@ -18,17 +18,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
 from aggregation.durable import StorageError
+from clients.agent_policy import AgentPolicy
 from clients.connection import Connection, ConnectionLost, Denied
 from clients.health import measure as measure_health
-from clients.install import Installer, InstallPolicy, Outcome
+from clients.install import Installer, Outcome
+from clients.leaving import Leaving
 from clients.link import Backoff
 from clients.partial import is_full
+from clients.permission import Permission, Wait
 from clients.probe import HeldOut
 from clients.reporting import AgentStatus, Reporter
 from clients.runtime import Runtime
@@ -46,8 +48,11 @@ from clients.trust import (
 )
 from protos.messages import DeviceEvent, MetadataBundle, RejectReason, Report, WatchRequest
 
+ASK_AGAIN = 60.0  # seconds; clocks are set and windows move, so nobody sleeps through to the end
+
 log = logging.getLogger("airpeft.clients.agent")
 
+__all__ = ["Agent", "AgentPolicy"]
 
 # Whoever serves such metadata may be no server of ours: it must not get to confirm reports, least
 # of all the one that tells of it.
@@ -58,23 +63,6 @@ IMPOSTOR = frozenset(
         RejectReason.METADATA_MALFORMED,
     }
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentPolicy:
-    """How an agent waits.
-
-    Attributes:
-        install: what is asked of a release.
-        health_seconds: between two health reports.
-        reconnect: bounds of the back-off after a lost link, seconds.
-        later: bounds of the back-off before something that may pass is tried again, seconds.
-    """
-
-    install: InstallPolicy = field(default_factory=InstallPolicy)
-    health_seconds: float = 300.0
-    reconnect: tuple[float, float] = (0.5, 60.0)
-    later: tuple[float, float] = (30.0, 3600.0)
 
 
 class Agent:
@@ -92,6 +80,7 @@ class Agent:
         policy: see :class:`AgentPolicy`.
         now: the device's clock, with a zone.
         backoff: makes a back-off from its two bounds.
+        permission: says when a release may be loaded; None: whenever its window is open.
         on_report: is shown each report, for metrics.
     """
 
@@ -109,15 +98,18 @@ class Agent:
         policy: AgentPolicy,
         now: Callable[[], datetime],
         backoff: Callable[[float, float], Backoff],
+        permission: Permission | None = None,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
         self._slots, self._queue, self._connect = slots, queue, connect
-        self._policy, self._now = policy, now
+        self._policy, self._now, self._runtime = policy, now, runtime
         self._stop = threading.Event()
         self._connection: Connection | None = None
         self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
         self._due: tuple[str, float] | None = None  # what waits, and until when (monotonic)
+        self._bundle: MetadataBundle | None = None  # the newest, for what waits while offline
+        self._permission = permission or Permission(home, now=now)
         self._reporter = Reporter(
             home,
             queue,
@@ -135,6 +127,16 @@ class Agent:
             policy=policy.install,
             backoff=backoff(*policy.reconnect),
             stop=self._stop,
+            forget=trust.remember_bad,
+            now=now,
+        )
+        self._leaving = Leaving(
+            trust=trust,
+            slots=slots,
+            runtime=runtime,
+            restore=self._installer.restore,
+            tell=self._reporter.tell,
+            tell_commit=self._installer.tell_commit,
         )
 
     @property
@@ -144,8 +146,14 @@ class Agent:
 
     def start(self) -> None:
         """Serve what was committed last, and say so. Before :meth:`run`, once."""
-        version = self._installer.restore()
+        try:
+            self._leaving.before_start()
+            self._installer.restore()
+        except StorageError as error:  # a revoked release: rather the base alone than that
+            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
         self._installer.tell_commit()
+        self._installer.resume_watch()
+        version = self._runtime.pin()
         self._reporter.tell(
             DeviceEvent.STARTED,
             release=version.name if version.digest else "",
@@ -156,6 +164,9 @@ class Agent:
         """Stay connected and act on what comes, until :meth:`stop`."""
         reporter = threading.Thread(target=self._reporter.run, name="reports", daemon=True)
         reporter.start()
+        watch = self._installer.watch.run
+        watcher = threading.Thread(target=watch, args=(self._stop,), name="watch", daemon=True)
+        watcher.start()
         while not self._stop.is_set():
             asked = 0.0
             try:
@@ -173,10 +184,12 @@ class Agent:
                 detail = f"{type(error).__name__}: {error}"
                 self._reporter.tell_once(DeviceEvent.FAILED, detail=detail)
                 self._reporter.offline(detail)
+            self._while_offline()
             if self._stop.wait(self._reconnect.next(asked)):
                 break
         self._queue.arrived.set()
         reporter.join(timeout=5.0)
+        watcher.join(timeout=5.0)
 
     def stop(self) -> None:
         """End :meth:`run` from another thread, at the next safe point."""
@@ -185,8 +198,8 @@ class Agent:
         if connection is not None:
             connection.close()
 
-    def consider(self, bundle: MetadataBundle, connection: Connection) -> None:
-        """Judge one bundle and do what it orders.
+    def consider(self, bundle: MetadataBundle, connection: Connection | None) -> None:
+        """Judge one bundle and do what it orders; without a connection, as far as that goes.
 
         Raises:
             ConnectionLost: while fetching; the bundle will come again with the next stream.
@@ -196,9 +209,10 @@ class Agent:
         try:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
+            self._leave_revoked()
             if rejected.reason in IMPOSTOR:
                 self._reporter.doubt(str(rejected))
-            else:
+            elif connection is not None:
                 self._reporter.believe(connection)
             self._reporter.tell_once(
                 DeviceEvent.REJECTED,
@@ -214,7 +228,9 @@ class Agent:
             self._reporter.tell_once(DeviceEvent.FAILED, reason=full, detail=str(error))
             self._due = ("", time.monotonic() + self._later.next())
             return
-        self._reporter.believe(connection)
+        if connection is not None:
+            self._reporter.believe(connection)
+        self._leave_revoked()
         match verdict:
             case Stay(reason=reason):
                 log.debug("stay: %s", reason)
@@ -222,6 +238,15 @@ class Agent:
                 self._withdraw(verdict)
             case Install(release=release):
                 self._install(release, connection)
+
+    def _leave_revoked(self) -> None:
+        try:
+            self._leaving.leave()
+        except StorageError as error:
+            self._reporter.tell_once(
+                DeviceEvent.FAILED, detail=f"a revoked release serves: {error}"
+            )
+            self._due = ("", time.monotonic() + self._later.next())
 
     def _withdraw(self, order: Withdraw) -> None:
         if self._slots.state.active is not None:
@@ -236,7 +261,7 @@ class Agent:
                 detail="already withdrawn",
             )
 
-    def _install(self, release: SignedRelease, connection: Connection) -> None:
+    def _install(self, release: SignedRelease, connection: Connection | None) -> None:
         active = self._active()
         if active is not None and active.sha256 == release.sha256:
             if active.rollout != release.rollout:
@@ -250,16 +275,45 @@ class Agent:
             return
         if self._waits(release.sha256):
             return
+        wait: Wait | None = None
+
+        def fetch(offset: int) -> Iterator[bytes]:
+            if connection is None:
+                raise ConnectionLost("the release is not downloaded, and there is no link")
+            return connection.fetch(release.path, offset)
+
+        def hold() -> bool:
+            nonlocal wait
+            wait = self._permission.wait(release.window)
+            return wait is not None
+
         outcome = self._installer.install(
-            _record(release),
-            lambda offset: connection.fetch(release.path, offset),
+            SlotRecord.of(release),
+            fetch,
             lambda: self._trust.remember_bad(release),
+            hold=hold,
+            bake_seconds=release.bake_seconds,
         )
-        if outcome is Outcome.LATER:
+        self.status.waiting = wait.why if wait is not None else ""
+        if wait is not None and outcome is Outcome.WAITING:
+            log.info("%s is staged: %s", release.name, wait.why)
+            self._due = (release.sha256, time.monotonic() + min(wait.seconds, ASK_AGAIN))
+        elif outcome is Outcome.LATER:
             self._due = (release.sha256, time.monotonic() + self._later.next())
         else:
             self._later.reset()
             self._due = None
+
+    def _while_offline(self) -> None:
+        """What is downloaded and waits for its hour needs no link."""
+        if self._bundle is None or not self._due or self._waits(self._due[0]) or not self._due[0]:
+            return
+        try:
+            self.consider(self._bundle, None)
+        except ConnectionLost as lost:
+            log.debug("%s", lost)
+        except Exception:
+            log.exception("what waits could not be installed while offline")
 
     # --- the link ---------------------------------------------------------------------------------
 
@@ -275,7 +329,7 @@ class Agent:
                     self._reconnect.reset()
                     self._reporter.online()
                 if isinstance(event, MetadataBundle):
-                    bundle = event
+                    bundle = self._bundle = event
                     self.consider(bundle, connection)
                 elif bundle is not None and self._due and not self._waits(self._due[0]):
                     self.consider(bundle, connection)
@@ -302,20 +356,3 @@ class Agent:
 
     def _waits(self, sha256: str) -> bool:
         return self._due is not None and self._due[0] == sha256 and time.monotonic() < self._due[1]
-
-
-def _record(release: SignedRelease) -> SlotRecord:
-    return SlotRecord(
-        release=release.name,
-        channel=release.channel,
-        counter=release.counter,
-        target=release.target,
-        sha256=release.sha256,
-        length=release.length,
-        plain_length=release.plain_length,
-        adapter_digest=release.adapter_digest,
-        spec_digest=release.spec_digest,
-        base_digest=release.base_digest,
-        rollout=release.rollout,
-        round_sequence=release.sequence,
-    )

@@ -20,6 +20,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import random
 import signal
 import threading
@@ -131,6 +132,7 @@ def run_device(
 
 
 def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any, Any]:
+    import psutil
     import torch
 
     from clients.agent import Agent, AgentPolicy
@@ -139,10 +141,12 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
     from clients.install import InstallPolicy
     from clients.link import Backoff
     from clients.peft_runtime import PeftRuntime
+    from clients.permission import Permission
     from clients.probe import HeldOut
     from clients.slots import Slots
     from clients.telemetry import ReportQueue
     from clients.trust import DeviceFacts, Trust
+    from clients.watch import WatchPolicy
 
     torch.set_num_threads(settings.threads)
     held_out = None
@@ -170,6 +174,8 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
             base_digest=runtime.base_digest,
             runtime=runtime.kind,
             agent_built_unix=BUILT_UNIX,
+            machine=platform.machine(),
+            memory_mib=psutil.virtual_memory().total >> 20,
         ),
         trust=Trust(home / "trust", who.root),
         slots=Slots(home),
@@ -178,13 +184,22 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         connect=lambda: Connection(who),
         held_out=held_out,
         policy=AgentPolicy(
-            install=InstallPolicy(quality_tolerance=settings.quality_tolerance),
+            install=InstallPolicy(
+                quality_tolerance=settings.quality_tolerance,
+                watch=WatchPolicy(seconds=settings.watch_seconds),
+            ),
             health_seconds=settings.health_seconds,
             reconnect=settings.reconnect_seconds,
             later=settings.later_seconds,
         ),
         now=lambda: datetime.now(UTC),
         backoff=lambda base, cap: Backoff(rng, base=base, cap=cap),
+        permission=Permission(
+            home,
+            now=lambda: datetime.now(UTC),
+            zone=settings.zone,
+            command=settings.update_lock,
+        ),
         on_report=metrics.report,
     )
 

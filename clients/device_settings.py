@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -36,6 +37,10 @@ class DeviceSettings(BaseSettings):
         quality_tolerance: how much accuracy may fall with a new release, 0 to 1.
         health_seconds: between two health reports.
         reconnect_seconds: first and largest bound of the wait after a lost link.
+        time_zone: of the device, such as Europe/Berlin, for install windows; empty: the system's.
+        update_lock: command and arguments; a status other than 0 means that now is a bad time to
+            load a release. A file update.lock in the home folder says the same.
+        watch_seconds: after an install the device watches its health for at least so long.
         later_seconds: first and largest bound of the wait before a failed install is tried again.
         log_level: of the ``airpeft`` loggers.
     """
@@ -54,7 +59,25 @@ class DeviceSettings(BaseSettings):
     health_seconds: float = Field(300.0, gt=0.0)
     reconnect_seconds: tuple[float, float] = (0.5, 60.0)
     later_seconds: tuple[float, float] = (30.0, 3600.0)
+    time_zone: str = ""
+    update_lock: tuple[str, ...] = ()
+    watch_seconds: float = Field(60.0, ge=0.0, le=86_400.0)
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        if name:
+            try:
+                ZoneInfo(name)
+            except (ZoneInfoNotFoundError, ValueError, OSError):
+                raise ValueError("not the name of a time zone, such as Europe/Berlin") from None
+        return name
+
+    @property
+    def zone(self) -> ZoneInfo | None:
+        """The device's time zone; None: the system's."""
+        return ZoneInfo(self.time_zone) if self.time_zone else None
 
     @classmethod
     def read(cls, home: Path, flags: Mapping[str, Any]) -> DeviceSettings:

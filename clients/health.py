@@ -1,4 +1,4 @@
-"""How the device is: memory, disk, load, battery; and whether there is room for an install.
+"""How the device is: memory, disk, load, battery, heat; and whether there is room for an install.
 
     >>> from pathlib import Path
     >>> health = measure(Path("."))
@@ -40,6 +40,7 @@ def measure(home: Path) -> Health:
         disk_free_bytes=shutil.disk_usage(home).free,
         load_1min=os.getloadavg()[0],
         battery_percent=battery,
+        temperature_celsius=_temperature(),
     )
 
 
@@ -80,3 +81,12 @@ def _battery() -> int | None:
     except (AttributeError, OSError):  # not on this platform, or no permission
         return None
     return None if found is None else max(0, min(100, round(found.percent)))
+
+
+def _temperature() -> float | None:
+    try:
+        sensors = psutil.sensors_temperatures()
+    except (AttributeError, OSError):
+        return None
+    found = [one.current for group in sensors.values() for one in group if -50 < one.current < 200]
+    return round(max(found), 1) if found else None

@@ -12,6 +12,7 @@ active one on disk, and until the publish it is the one that serves. What comes 
     guard    names, shapes, finiteness, norms   REJECTED guard            never again
     load     cannot be loaded, no finite answer REVERTED self-test        never again
     probe    worse on the own held-out data     REVERTED quality-regressed  never again
+    bake     memory or latency out of bounds    REVERTED health-regressed   never again
 
 "Never again" is remembered durably, by release, and the running adapter serves on throughout.
 """
@@ -21,64 +22,30 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from aggregation import guard
 from aggregation.adapter import Adapter
 from aggregation.durable import StorageError
 from clients.connection import Denied
 from clients.health import NoSpace, require_space
 from clients.health import measure as measure_health
 from clients.inspection import Refusal, open_payload
+from clients.install_policy import InstallPolicy, Outcome, Tell
 from clients.link import Backoff
 from clients.partial import Fetch, PayloadMismatch, fill
-from clients.probe import HeldOut, SelfTestError, self_test
+from clients.probe import SELF_TEST, HeldOut, SelfTestError, latency_of, self_test
 from clients.quality import QualityGate
 from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
+from clients.watch import NOTHING, HealthWatch, Vitals
 from protos.messages import DeviceEvent, Quality, RejectReason
 
+__all__ = ["InstallPolicy", "Installer", "Outcome", "Tell"]
+
 log = logging.getLogger("airpeft.clients.install")
-
-
-class Outcome(StrEnum):
-    """How an install ended."""
-
-    COMMITTED = "committed"
-    REFUSED = "refused"  # never again
-    LATER = "later"  # something that may pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstallPolicy:
-    """What a device asks of a release before it serves it.
-
-    Attributes:
-        quality_tolerance: accuracy on the own held-out data may fall by this much (0 to 1), and
-            by one example in any case. A release older than the running one is an operator's
-            roll-back: it is measured and reported, but not refused for its quality.
-        max_payload_bytes: no larger payload is fetched.
-        max_attempts: tries of one release, counted over restarts: what kills the process that
-            loads it is given up.
-        fetch_tries: consecutive cuts, without a byte between them, before the link is given up.
-        guard: limits of the guard.
-    """
-
-    quality_tolerance: float = 0.05
-    max_payload_bytes: int = 64 << 20
-    max_attempts: int = 3
-    fetch_tries: int = 4
-    guard: guard.GuardLimits = field(default_factory=guard.GuardLimits)
-
-
-class Tell(Protocol):
-    """Puts one report into the queue."""
-
-    def __call__(self, event: DeviceEvent, **fields: Any) -> None:
-        """Report an event; the fields are those of :class:`protos.messages.Report`."""
 
 
 class Installer:
@@ -93,6 +60,8 @@ class Installer:
         policy: see :class:`InstallPolicy`.
         backoff: waits between cuts of a download.
         stop: set when the process should end.
+        forget: remembers a payload's digest as bad, durably.
+        now: the device's clock, with a zone.
     """
 
     def __init__(
@@ -106,26 +75,47 @@ class Installer:
         policy: InstallPolicy,
         backoff: Backoff,
         stop: threading.Event,
+        forget: Callable[[str], None] = lambda sha256: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._home, self._slots, self._runtime = home, slots, runtime
         self._tell = tell
         self._gate = QualityGate(runtime, held_out, policy.quality_tolerance)
         self._policy, self._backoff, self._stop = policy, backoff, stop
+        self._forget = forget
+        self._texts = held_out.texts if held_out is not None else SELF_TEST
+        self._changing = threading.RLock()  # what serves: an install here, a revert by the watch
+        self.watch = HealthWatch(
+            home, vitals=self._vitals, revert=self._go_back, policy=policy.watch, now=now
+        )
 
-    def install(self, record: SlotRecord, fetch: Fetch, forget: Callable[[], None]) -> Outcome:
+    def install(
+        self,
+        record: SlotRecord,
+        fetch: Fetch,
+        forget: Callable[[], None],
+        *,
+        hold: Callable[[], bool] = lambda: False,
+        bake_seconds: float = 0.0,
+    ) -> Outcome:
         """Bring one release into service, or say why not.
 
         Args:
             record: the signed facts of a release that trust has accepted.
             fetch: the payload's bytes from an offset on.
             forget: remembers the release as bad, durably.
+            hold: whether it shall only be staged for now; asked when it is.
+            bake_seconds: for how long the device watches its health after the commit.
 
         Raises:
             ConnectionLost: the link is gone; what was fetched stays.
         """
         try:
             fetched = self._stage(record, fetch)
-            return self._try(record, fetched)
+            if hold():
+                return Outcome.WAITING
+            with self._changing:
+                return self._try(record, fetched, bake_seconds)
         except Refusal as refusal:
             if refusal.final:
                 forget()
@@ -214,7 +204,7 @@ class Installer:
     def _open(self, record: SlotRecord, data: bytes) -> Adapter:
         return open_payload(record, data, self._runtime, self._policy.guard)
 
-    def _try(self, record: SlotRecord, fetched: int) -> Outcome:
+    def _try(self, record: SlotRecord, fetched: int, bake_seconds: float) -> Outcome:
         """Load, probe, publish, commit."""
         attempts = self._slots.attempt()
         if attempts > self._policy.max_attempts:
@@ -224,12 +214,17 @@ class Installer:
                 f"{attempts - 1} tries of this release did not live to their end",
             )
         adapter = self._open(record, self._slots.trial_payload())
+        older = self._is_older(record)
+        # An operator's roll-back must not bounce.
+        bake = 0.0 if older else max(bake_seconds, self._policy.watch.seconds)
+        before = self._vitals() if bake > 0 else NOTHING
         try:
             version = self._runtime.load(adapter, name=record.release)
             self_test(self._runtime, version)
-            quality = self._gate.check(version, may_fall=self._is_older(record))
+            quality = self._gate.check(version, may_fall=older)
         except (LoadError, SelfTestError, RequestError) as error:
             raise Refusal(DeviceEvent.REVERTED, RejectReason.SELF_TEST, str(error)) from error
+        self.watch.begin(record.sha256, before, bake)  # first, so that no kill can lose it
         previous = self._runtime.publish(version)
         try:
             self._slots.commit(
@@ -255,9 +250,10 @@ class Installer:
         Raises:
             StorageError: it could not be made durable; the release goes on serving.
         """
-        self._slots.withdraw({"release": "", "rollout": rollout, "round_sequence": sequence})
-        self._runtime.unload(self._runtime.publish(None))
-        self.tell_commit()
+        with self._changing:
+            self._slots.withdraw({"release": "", "rollout": rollout, "round_sequence": sequence})
+            self._runtime.unload(self._runtime.publish(None))
+            self.tell_commit()
 
     def tell_commit(self) -> None:
         """Report the last commit, unless that has been done; a kill in between repeats it."""
@@ -269,6 +265,34 @@ class Installer:
             fields["health"] = measure_health(self._home)
             self._tell(DeviceEvent.COMMITTED, **fields)
             self._slots.told()
+
+    def resume_watch(self) -> None:
+        """At the start, after :meth:`restore`: go on watching what is on probation."""
+        active = self._slots.active() if self._slots.state.active is not None else None
+        self.watch.resume(active.sha256 if active is not None else None)
+
+    def _go_back(self, sha256: str, detail: str) -> None:
+        """Leave a committed release for the one before; the report is durable at the end."""
+        with self._changing:
+            record = self._slots.find(sha256)
+            self._forget(sha256)
+            if self._slots.state.active is not None:
+                active = self._slots.active()
+                if active is not None and active.sha256 == sha256:
+                    self._slots.fall_back()
+                    leaving = self._runtime.pin()
+                    if self._slots.state.active is None:
+                        self._runtime.publish(None)
+                    self.restore()
+                    self._runtime.unload(leaving)
+            if record is not None:
+                log.warning("%s goes back: %s", record.release, detail)
+                reason = RejectReason.HEALTH_REGRESSED
+                self._report(record, DeviceEvent.REVERTED, reason=reason, detail=detail)
+
+    def _vitals(self) -> Vitals:
+        latency = latency_of(self._runtime, self._runtime.pin(), self._texts)
+        return Vitals(measure_health(self._home).process_memory_bytes, latency)
 
     def _is_older(self, record: SlotRecord) -> bool:
         active = self._slots.active()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,8 +148,19 @@ def measure_latency(
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Median time of a few single requests, in milliseconds."""
+    return latency_of(runtime, version, held_out.texts, clock=clock)
+
+
+def latency_of(
+    runtime: Runtime,
+    version: AdapterVersion,
+    texts: Sequence[str],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Median time of single requests with the first few of these texts, in milliseconds."""
     times = []
-    for text in held_out.texts[:TIMED]:
+    for text in texts[:TIMED]:
         start = clock()
         runtime.run([Request(text, version)])
         times.append(1000.0 * (clock() - start))

@@ -38,6 +38,7 @@ class AgentStatus:
         last_event: the last thing reported, but for health.
         last_reason: its reason, or empty.
         last_detail: its detail, or empty.
+        waiting: why a release that is downloaded is not loaded yet, or empty.
     """
 
     online: bool = False
@@ -45,6 +46,7 @@ class AgentStatus:
     last_event: str = ""
     last_reason: str = ""
     last_detail: str = ""
+    waiting: str = ""
 
 
 class Reporter:
@@ -112,6 +114,7 @@ class Reporter:
             self._told.remove(key)
         if self._connection is not connection:
             self._connection = connection
+            self.status.link = ""  # whatever doubt there was
             self._queue.arrived.set()
 
     def doubt(self, why: str) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 from aggregation.durable import StorageError, write_bytes, write_folder
 from clients.errors import ClientError
 from clients.partial import Partial, storage_error
+from clients.trust_verdict import SignedRelease
 
 log = logging.getLogger("airpeft.clients.slots")
 
@@ -74,6 +75,24 @@ class SlotRecord:
     base_digest: str
     rollout: str = ""
     round_sequence: int = 0
+
+    @classmethod
+    def of(cls, release: SignedRelease) -> SlotRecord:
+        """The record of a release that trust has accepted."""
+        return cls(
+            release=release.name,
+            channel=release.channel,
+            counter=release.counter,
+            target=release.target,
+            sha256=release.sha256,
+            length=release.length,
+            plain_length=release.plain_length,
+            adapter_digest=release.adapter_digest,
+            spec_digest=release.spec_digest,
+            base_digest=release.base_digest,
+            rollout=release.rollout,
+            round_sequence=release.sequence,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,21 @@ class Slots:
     def trial(self) -> SlotRecord | None:
         """The release that was staged and neither committed nor reverted."""
         return None if self._state.trial is None else self._record(self._state.trial)
+
+    def find(self, sha256: str) -> SlotRecord | None:
+        """What is known of a payload that lies, or lay, in one of the slots."""
+        for slot in _NAMES:
+            try:
+                record = self._record(slot)
+            except SlotDamaged:
+                continue
+            if record.sha256 == sha256:
+                return record
+        return None
+
+    def previous(self) -> SlotRecord | None:
+        """The release that served before, if it is still whole."""
+        return None if self._state.previous is None else self._record(self._state.previous)
 
     def holds(self, sha256: str) -> bool:
         """Whether the idle slot has this very payload, whole: no need to fetch it again."""
@@ -222,9 +256,9 @@ class Slots:
         """End the trial; the active release goes on as if nothing had been."""
         self._write_state(replace(self._state, trial=None, attempts=0))
 
-    def fall_back(self) -> SlotRecord | None:
-        """Give up a damaged active slot for the one that served before; None: the base alone."""
-        self._write_state(SlotState(active=self._state.previous))
+    def fall_back(self, untold: Mapping[str, Any] | None = None) -> SlotRecord | None:
+        """Give up the active slot for the one that served before; None: the base alone."""
+        self._write_state(SlotState(active=self._state.previous, untold=untold))
         return self.active()
 
     # --- files ------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ or raises :class:`Rejected` with a reason from the closed vocabulary. The checks
 2. the round is not older than the last one, nor another one under the same sequence number
 3. the first assignment above this device's bucket holds
 4. both roles agree: the adapter keys have signed that very target with that very digest
-5. base model, runtime, release counter against the signed floor, this device's own bad list
+5. base model, runtime, hardware, release counter against the signed floor, the releases that the
+   adapter keys have revoked, this device's own bad list
 
 What has been learnt is durable before the answer is given, also when the answer is a refusal. A
 refusal never touches the adapter that serves. The same bundle gets the same answer every time: it
@@ -25,8 +26,9 @@ from pathlib import Path
 
 from aggregation import durable
 from clients.errors import ClientError
-from clients.trust_metadata import Refused, Verification, check_root
-from clients.trust_rules import decide, read_round
+from clients.trust_metadata import Verification, check_root
+from clients.trust_rules import decide, read_round, read_standing
+from clients.trust_source import BundleSource, Refused
 from clients.trust_state import TrustState, TrustStateError, read_state, write_state
 from clients.trust_verdict import (
     DeviceFacts,
@@ -125,22 +127,34 @@ class Trust:
             Rejected: it must not be followed, with the reason.
             StorageError: what was learnt could not be made durable, so nothing may be done.
         """
-        walk = Verification(
-            embedded=self._root,
-            known=self._known,
-            state=self._state,
-            now=now,
-            built_unix=device.agent_built_unix,
-        )
         try:
-            believed = walk.run(bundle)
-            document, state = read_round(believed, walk.state)
-            walk.state = state
+            walk = Verification(
+                BundleSource(bundle.files),
+                embedded=self._root,
+                known=self._known,
+                state=self._state,
+                now=now,
+                built_unix=device.agent_built_unix,
+            )
+        except Refused as error:
+            raise Rejected(error.reason, error.detail) from None
+        try:
+            believed = walk.run()
+            walk.state = read_standing(believed, walk.state)
+            document, walk.state = read_round(believed, walk.state)
             return decide(believed, document, walk.state, device)
         except Refused as error:
             raise Rejected(error.reason, error.detail) from None
         finally:
             self._keep(walk)
+
+    def revoked(self, sha256: str) -> str | None:
+        """Why the adapter keys have revoked a payload; None if they have not.
+
+        What is revoked must not only not be installed: a device that serves it leaves it, whatever
+        the round says (:mod:`clients.leaving`).
+        """
+        return self._state.revoked.get(sha256)
 
     def remember_bad(self, release: SignedRelease | str) -> None:
         """Never install these very bytes again on this device.

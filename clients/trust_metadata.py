@@ -1,4 +1,4 @@
-"""From a bundle of files to metadata that may be believed: The Update Framework, without its I/O.
+"""From files to metadata that may be believed: The Update Framework, without its I/O.
 
 The rules engine is python-tuf's ``TrustedMetadataSet`` (specification 1.0.34, section 5.3 to 5.6).
 Around it stand our own marks (:mod:`clients.trust_state`) and a clock that can't be turned back.
@@ -10,68 +10,46 @@ The steps, in order; each may refuse, and what the earlier ones have learnt stay
 2. roots: the one given at enrolment, then each successor, known ones first
 3. timestamp: signature, version, expiry; the clock floor rises to the time it was made
 4. snapshot: as the timestamp names it; no role may vanish or go back
-5. targets, then ``rounds`` and every other delegated role that the snapshot lists
+5. targets, then ``rounds`` and every other delegated role that the snapshot lists; the keys that
+   the root has revoked count for none of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 from tuf.api import exceptions
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
-from clients.errors import ClientError
+from clients.trust_source import (
+    MAX_FILE_BYTES,
+    MAX_ROOT_BYTES,
+    MAX_ROOTS,
+    MAX_TIMESTAMP_BYTES,
+    Refused,
+    Source,
+)
 from clients.trust_state import TrustState
-from protos.messages import MetadataBundle, RejectReason
-from protos.signed import SIGNED_UNIX
+from clients.trust_verdict import Believed
+from protos.messages import RejectReason
+from protos.signed import SIGNED_UNIX, StatementError, revoked_keys
 
-MAX_FILES = 128
-MAX_FILE_BYTES = 5_000_000
-MAX_TIMESTAMP_BYTES = 16_384
-MAX_ROOT_BYTES = 512_000
-MAX_ROOTS = 1_024
 LAST_SECOND = 253_000_000_000  # in the year 9987: dates end in 9999
 MAX_LEAP = timedelta(days=5 * 366)
 """How far ahead of a device's knowledge metadata may be dated: longer than any agent lives."""
 
 
-class Refused(ClientError):  # noqa: N818  (named as devices report it)
-    """Metadata that must not be acted on, with its reason from the closed vocabulary."""
-
-    def __init__(self, reason: RejectReason, detail: str) -> None:
-        super().__init__(f"{reason.value}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class Believed:
-    """Verified content: the targets file, and each delegated role's targets."""
-
-    targets: Any
-    delegated: Mapping[str, Any]
-
-    def role_of(self, target: str) -> str | None:
-        """The delegated role that may speak for a target, by path and order of delegation."""
-        if self.targets.delegations is None:
-            return None
-        for role, terminating in self.targets.delegations.get_roles_for_target(target):
-            if role in self.delegated and target in self.delegated[role].targets:
-                return str(role)
-            if terminating:
-                return None
-        return None
-
-
 class Verification:
-    """One walk through a bundle. ``state`` and ``roots`` are what it has learnt so far.
+    """One walk through metadata. ``state`` and ``roots`` are what it has learnt so far.
 
     Args:
+        source: where the files are.
         embedded: the root that the device was enrolled with.
         known: later roots that it has trusted before, by version; they are verified again.
         state: its marks.
@@ -81,6 +59,7 @@ class Verification:
 
     def __init__(
         self,
+        source: Source,
         *,
         embedded: bytes,
         known: Mapping[int, bytes],
@@ -90,23 +69,53 @@ class Verification:
     ) -> None:
         self.state = state
         self.roots: dict[int, bytes] = {}
+        self._source = source
         self._embedded = embedded
         self._known = known
         self._now = now.astimezone(UTC)
         self._built = built_unix
 
-    def run(self, bundle: MetadataBundle) -> Believed:
-        """Verify the whole bundle.
+    def run(self) -> Believed:
+        """Verify everything that the snapshot lists.
 
         Raises:
             Refused: with the reason; ``state`` and ``roots`` hold what was verified before it.
         """
+        with self.refusals():
+            return self._delegated(self.top_level())
+
+    def top_level(self) -> TrustedMetadataSet:
+        """Verify root, timestamp, snapshot and targets; to be called within :meth:`refusals`."""
+        trusted = self._root()
+        self._timestamp(trusted)
+        self._snapshot(trusted)
+        listed = trusted.snapshot.meta["targets.json"].version
+        self._not_older("targets", listed)
+        self.load(trusted, "targets", "root")
+        self.state = self.state.seen("targets", listed, trusted.root.roles["targets"].keyids)
+        return trusted
+
+    def load(self, trusted: TrustedMetadataSet, role: str, delegator: str) -> Any:
+        """Verify one role's targets by the role that delegates to it, as the snapshot lists it."""
+        meta = trusted.snapshot.meta.get(f"{role}.json")
+        if meta is None:
+            raise Refused(RejectReason.METADATA_MALFORMED, f"the snapshot does not list {role}")
+        return self._obtain(
+            role,
+            _file_name(trusted, role, meta.version),
+            meta.length or MAX_FILE_BYTES,
+            lambda data, _: trusted.update_delegated_targets(data, role, delegator),
+        )
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Turn whatever goes wrong inside into a refusal from the closed vocabulary.
+
+        Raises:
+            Refused: instead of anything else.
+        """
         try:
-            _check_sizes(bundle.files)
-            trusted = self._root(bundle.files)
-            self._timestamp(trusted, bundle.files)
-            self._snapshot(trusted, bundle.files)
-            return self._targets(trusted, bundle.files)
+            yield
         except Refused:
             raise
         except exceptions.UnsignedMetadataError as error:
@@ -128,7 +137,7 @@ class Verification:
         floor = min(max(self.state.time_floor, self._built, 0), LAST_SECOND)
         return max(self._now, datetime.fromtimestamp(floor, UTC))
 
-    def _root(self, files: Mapping[str, bytes]) -> TrustedMetadataSet:
+    def _root(self) -> TrustedMetadataSet:
         trusted = TrustedMetadataSet(self._embedded, EnvelopeType.METADATA)
         while len(self.roots) < MAX_ROOTS:
             number = trusted.root.version + 1
@@ -136,11 +145,12 @@ class Verification:
             if stored is not None and _advance(trusted, stored):
                 self.roots[number] = stored
                 continue
-            data = files.get(f"{number}.root.json")
+            data = self._source.remote(f"{number}.root.json", MAX_ROOT_BYTES)
             if data is None:
                 break
             trusted.update_root(data)
             self.roots[number] = data
+            self._source.keep("root", data)
         root = trusted.root
         if root.version < self.state.root:
             raise Refused(
@@ -155,12 +165,19 @@ class Verification:
             self._built = max(self._built, made)
         return trusted
 
-    def _timestamp(self, trusted: TrustedMetadataSet, files: Mapping[str, bytes]) -> None:
+    def _timestamp(self, trusted: TrustedMetadataSet) -> None:
         trusted.reference_time = self._moment()
-        data = _file(files, "timestamp.json")
+        local = self._source.local("timestamp")
+        if local is not None:
+            with contextlib.suppress(exceptions.RepositoryError):
+                trusted.update_timestamp(local)
+        data = self._need("timestamp.json", MAX_TIMESTAMP_BYTES)
         expired: exceptions.ExpiredMetadataError | None = None
+        news = True
         try:
             trusted.update_timestamp(data)
+        except exceptions.EqualVersionNumberError:
+            news = False  # the one that is remembered stands (specification 5.4.3)
         except exceptions.ExpiredMetadataError as error:
             if "timestamp" not in trusted:  # it is the root that has expired
                 raise
@@ -177,6 +194,8 @@ class Verification:
             raise expired
         # The timestamp may have taught that it is later than this device thought.
         trusted.reference_time = self._moment()
+        if news:
+            self._source.keep("timestamp", data)
 
     def _learn_time(self, made: Any) -> None:
         if type(made) is not int or made < 0:
@@ -190,37 +209,64 @@ class Verification:
             )
         self.state = self.state.seen_time(made)
 
-    def _snapshot(self, trusted: TrustedMetadataSet, files: Mapping[str, bytes]) -> None:
-        number = trusted.timestamp.snapshot_meta.version
-        self._not_older("snapshot", number)
-        snapshot = trusted.update_snapshot(_file(files, f"{number}.snapshot.json"))
+    def _snapshot(self, trusted: TrustedMetadataSet) -> None:
+        meta = trusted.timestamp.snapshot_meta
+        self._not_older("snapshot", meta.version)
+        snapshot = self._obtain(
+            "snapshot",
+            _file_name(trusted, "snapshot", meta.version),
+            meta.length or MAX_FILE_BYTES,
+            trusted.update_snapshot,
+        )
         listed = {name.removesuffix(".json") for name in snapshot.meta}
         gone = [r for r in self.state.marks if r not in {*listed, "timestamp", "snapshot"}]
         if gone:
             raise Refused(
                 RejectReason.METADATA_ROLLBACK, f"the snapshot no longer lists {', '.join(gone)}"
             )
-        self.state = self.state.seen("snapshot", number, trusted.root.roles["snapshot"].keyids)
+        keys = trusted.root.roles["snapshot"].keyids
+        self.state = self.state.seen("snapshot", meta.version, keys)
 
-    def _targets(self, trusted: TrustedMetadataSet, files: Mapping[str, bytes]) -> Believed:
-        meta = trusted.snapshot.meta
-        number = meta["targets.json"].version
-        self._not_older("targets", number)
-        targets = trusted.update_targets(_file(files, f"{number}.targets.json"))
-        self.state = self.state.seen("targets", number, trusted.root.roles["targets"].keyids)
+    def _delegated(self, trusted: TrustedMetadataSet) -> Believed:
+        """Every delegated role that the snapshot lists, for a device that decides at once."""
+        targets, meta = trusted.targets, trusted.snapshot.meta
         if targets.delegations is None or targets.delegations.roles is None:
             raise Refused(RejectReason.METADATA_MALFORMED, "targets delegates no roles by name")
+        try:
+            revoked = revoked_keys(trusted.root.unrecognized_fields)
+        except StatementError as error:
+            raise Refused(RejectReason.METADATA_MALFORMED, f"root: {error}") from None
         delegated = {}
         for role, delegation in targets.delegations.roles.items():
             if f"{role}.json" not in meta:
                 continue
+            # An old targets file may still name a key that the root has revoked since.
+            delegation.keyids = [keyid for keyid in delegation.keyids if keyid not in revoked]
             number = meta[f"{role}.json"].version
             self.state = self.state.rekeyed(role, delegation.keyids)
             self._not_older(role, number)
-            data = _file(files, f"{number}.{role}.json")
-            delegated[role] = trusted.update_delegated_targets(data, role, "targets")
+            delegated[role] = self.load(trusted, role, "targets")
             self.state = self.state.seen(role, number, delegation.keyids)
         return Believed(targets, delegated)
+
+    def _obtain(
+        self, role: str, name: str, limit: int, update: Callable[[bytes, bool], Any]
+    ) -> Any:
+        """The remembered file of a role if it is still the one that is wanted, else a new one."""
+        local = self._source.local(role)
+        if local is not None:
+            with contextlib.suppress(exceptions.RepositoryError):
+                return update(local, True)
+        data = self._need(name, limit)
+        result = update(data, False)
+        self._source.keep(role, data)
+        return result
+
+    def _need(self, name: str, limit: int) -> bytes:
+        data = self._source.remote(name, limit)
+        if data is None:
+            raise Refused(RejectReason.METADATA_MALFORMED, f"there is no {name}")
+        return data
 
     def _not_older(self, role: str, version: int) -> None:
         if version < self.state.version(role):
@@ -250,24 +296,7 @@ def _advance(trusted: TrustedMetadataSet, data: bytes) -> bool:
     return True
 
 
-def _check_sizes(files: Mapping[str, bytes]) -> None:
-    if len(files) > MAX_FILES + MAX_ROOTS:
-        raise Refused(RejectReason.METADATA_MALFORMED, f"the bundle has {len(files)} files")
-    for name, data in files.items():
-        limit = MAX_FILE_BYTES
-        if name == "timestamp.json":
-            limit = MAX_TIMESTAMP_BYTES
-        elif name.endswith(".root.json"):
-            limit = MAX_ROOT_BYTES
-        if len(data) > limit:
-            raise Refused(
-                RejectReason.METADATA_MALFORMED,
-                f"{name[:60]} has {len(data)} bytes; at most {limit} are read",
-            )
-
-
-def _file(files: Mapping[str, bytes], name: str) -> bytes:
-    try:
-        return files[name]
-    except KeyError:
-        raise Refused(RejectReason.METADATA_MALFORMED, f"the bundle has no {name}") from None
+def _file_name(trusted: TrustedMetadataSet, role: str, version: int) -> str:
+    """A role's file as it is asked for; role names are quoted, and never unquoted again."""
+    name = f"{quote(role, safe='')}.json"
+    return f"{version}.{name}" if trusted.root.consistent_snapshot else name

@@ -7,12 +7,15 @@ and no more (the property of Uptane's two repositories, in one).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 
-from clients.trust_metadata import Believed, Refused
+from clients.trust_source import Refused
 from clients.trust_state import TrustState
 from clients.trust_verdict import (
+    Believed,
     DeviceFacts,
     Install,
     Rejected,
@@ -21,19 +24,22 @@ from clients.trust_verdict import (
     Verdict,
     Withdraw,
 )
-from protos.messages import RejectReason, bucket
+from protos.messages import RejectReason
 from protos.signed import (
     CURRENT_ROUND,
     ROUNDS_ROLE,
+    STANDING,
     Assignment,
     ReleaseStatement,
     RoundDocument,
+    Standing,
     StatementError,
+    target_name,
 )
 
 
 def read_round(believed: Believed, state: TrustState) -> tuple[RoundDocument, TrustState]:
-    """The round in force, and the state that knows it and the floors that are signed.
+    """The round in force, and the state that knows it.
 
     Raises:
         Refused: malformed, older than the last one, or another one under the same sequence.
@@ -57,23 +63,43 @@ def read_round(believed: Believed, state: TrustState) -> tuple[RoundDocument, Tr
             RejectReason.METADATA_ROLLBACK,
             f"round {document.sequence} says something else than when it was seen before",
         )
-    state = state.seen_round(document.sequence, digest)
-    return document, state.seen_floors(_signed_floors(believed))
+    return document, state.seen_round(document.sequence, digest)
 
 
-def _signed_floors(believed: Believed) -> dict[str, int]:
-    """The highest floor of each channel among all signed releases."""
+def read_standing(believed: Believed, state: TrustState) -> TrustState:
+    """The state that knows what the adapter keys say of releases: floors and revocations.
+
+    A role's word counts for the channels that it may sign, and for no other.
+
+    Raises:
+        Refused: what a role says is malformed.
+    """
     floors: dict[str, int] = {}
+    revoked: dict[str, str] = {}
     for role, content in believed.delegated.items():
-        for path, target in content.targets.items():
-            if role == ROUNDS_ROLE or believed.role_of(path) != role:
-                continue
-            try:
-                statement = ReleaseStatement.from_custom(target.custom)
-            except StatementError:
-                continue  # a release of a later schema binds those who understand it
+        if role == ROUNDS_ROLE:
+            continue
+        for statement in _statements(believed, role):
             floors[statement.channel] = max(floors.get(statement.channel, 0), statement.floor)
-    return floors
+        try:
+            said = Standing.from_field(content.unrecognized_fields.get(STANDING))
+        except StatementError as error:
+            raise Refused(RejectReason.METADATA_MALFORMED, f"{role}: {error}") from None
+        for channel, floor in said.floors.items():
+            if believed.speaker(target_name(channel, 1)) == role:
+                floors[channel] = max(floors.get(channel, 0), floor)
+        for one in said.revoked:
+            if believed.speaker(one.target) == role:
+                revoked[one.sha256] = f"{one.release}: {one.why}"
+    return state.seen_floors(floors).seen_revoked(revoked)
+
+
+def _statements(believed: Believed, role: str) -> Iterator[ReleaseStatement]:
+    for path, target in believed.delegated[role].targets.items():
+        if believed.role_of(path) == role:
+            # A release of a later schema binds those who understand it.
+            with contextlib.suppress(StatementError):
+                yield ReleaseStatement.from_custom(target.custom)
 
 
 def decide(
@@ -84,7 +110,7 @@ def decide(
     Raises:
         Rejected: the roles disagree, or the release is not for this device.
     """
-    assignment = document.assignment(bucket(document.salt, device.device_id))
+    assignment = document.assignment_of(device.device_id)
     if assignment is None:
         return Stay(f"round {document.sequence} does not reach this device")
     try:
@@ -135,6 +161,8 @@ def _agreed(believed: Believed, assignment: Assignment, document: RoundDocument)
         length=target.length,
         rollout=document.rollout,
         sequence=document.sequence,
+        window=document.window,
+        bake_seconds=document.bake_seconds,
     )
 
 
@@ -151,11 +179,18 @@ def _check_fit(release: SignedRelease, state: TrustState, device: DeviceFacts) -
             RejectReason.UNSUPPORTED_RUNTIME,
             f"needs one of {', '.join(statement.runtime)}; here is {device.runtime}",
         )
+    lacking = statement.hardware.lacking(device.machine, device.memory_mib)
+    if lacking:
+        raise Refused(RejectReason.UNSUPPORTED_RUNTIME, lacking)
     floor = state.floors.get(statement.channel, 0)
     if statement.counter < floor:
         raise Refused(
             RejectReason.DOWNGRADE,
             f"counter {statement.counter} is below the signed floor {floor} of {statement.channel}",
+        )
+    if release.sha256 in state.revoked:
+        raise Refused(
+            RejectReason.KNOWN_BAD, f"the adapter keys have revoked {state.revoked[release.sha256]}"
         )
     if release.sha256 in state.bad:
         raise Refused(RejectReason.KNOWN_BAD, "this device has tried it before and reverted")

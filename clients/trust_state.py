@@ -28,6 +28,7 @@ from aggregation import durable
 from clients.errors import ClientError
 
 MAX_BAD = 1_000
+MAX_REVOKED = 4_000
 FILE = "trust.json"
 
 
@@ -55,6 +56,7 @@ class TrustState:
         floors: by channel, the release counter below which nothing is installed.
         time_floor: the latest time that verified metadata was made at, seconds since 1970.
         bad: payload digests that this device has tried and will not try again, oldest first.
+        revoked: payload digests that the adapter keys have revoked, with their words.
     """
 
     root: int = 0
@@ -64,6 +66,7 @@ class TrustState:
     floors: Mapping[str, int] = field(default_factory=dict)
     time_floor: int = 0
     bad: tuple[str, ...] = ()
+    revoked: Mapping[str, str] = field(default_factory=dict)
 
     def version(self, role: str) -> int:
         """The highest version seen of a role, 0 if none."""
@@ -90,6 +93,13 @@ class TrustState:
         """With these floors, or the higher ones from before."""
         merged = {c: max(n, self.floors.get(c, 0)) for c, n in floors.items() if n > 0}
         return replace(self, floors={**self.floors, **merged})
+
+    def seen_revoked(self, revoked: Mapping[str, str]) -> TrustState:
+        """With these revocations beside those from before; none is ever forgotten."""
+        merged = {**revoked, **self.revoked}
+        if len(merged) > MAX_REVOKED:
+            merged = dict(list(merged.items())[-MAX_REVOKED:])  # the older ones, known already
+        return replace(self, revoked=merged)
 
     def with_bad(self, sha256: str) -> TrustState:
         """With one more payload never to be tried again; the oldest go first when it is full."""

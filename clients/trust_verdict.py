@@ -1,8 +1,10 @@
-"""What trust speaks of: the device, a signed release, and what the device is to do."""
+"""What trust speaks of: the device, what it believes, and what it is to do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from clients.errors import ClientError
 from protos.messages import RejectReason
@@ -19,12 +21,16 @@ class DeviceFacts:
         runtime: its kind of inference engine, such as ``torch``.
         agent_built_unix: when its software was built, seconds since 1970: no clock of its own
             is believed to be before that.
+        machine: its processor's architecture, as ``uname -m`` names it; empty if not known.
+        memory_mib: its physical memory; 0 if not known.
     """
 
     device_id: str
     base_digest: str
     runtime: str
     agent_built_unix: int = 0
+    machine: str = ""
+    memory_mib: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +40,14 @@ class SignedRelease(SignedPayload):
     Attributes:
         rollout: name of the rollout that ordered it.
         sequence: of the round that ordered it.
+        window: when to install it, in the device's own time; empty: at any time.
+        bake_seconds: for how long the device watches its health afterwards.
     """
 
     rollout: str
     sequence: int
+    window: str = ""
+    bake_seconds: int = 0
 
     @property
     def channel(self) -> str:
@@ -68,6 +78,31 @@ class SignedRelease(SignedPayload):
     def base_digest(self) -> str:
         """The base model that it fits."""
         return self.statement.base_digest
+
+
+@dataclass(frozen=True)
+class Believed:
+    """Verified content: the targets file, and each delegated role's targets."""
+
+    targets: Any
+    delegated: Mapping[str, Any]
+
+    def role_of(self, target: str) -> str | None:
+        """The delegated role that lists a target and may, by path and order of delegation."""
+        for role, terminating in self._asked(target):
+            if role in self.delegated and target in self.delegated[role].targets:
+                return role
+            if terminating:
+                return None
+        return None
+
+    def speaker(self, target: str) -> str | None:
+        """The role that may list a target before any other, whether it does or not."""
+        return next((role for role, _ in self._asked(target)), None)
+
+    def _asked(self, target: str) -> Iterator[tuple[str, bool]]:
+        if self.targets.delegations is not None:
+            yield from self.targets.delegations.get_roles_for_target(target)
 
 
 @dataclass(frozen=True)

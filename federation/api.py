@@ -1,4 +1,4 @@
-"""The operator's interface: REST over loopback, with a bearer token.
+"""The operator's interface: REST over loopback, with a bearer token that has a role.
 
 Reads and verbs over the same objects that the gRPC side uses; nothing is decided here. Errors come
 as ``{"error": {"code": "...", "message": "..."}}``. OpenAPI at ``/openapi.json``.
@@ -10,30 +10,30 @@ as ``{"error": {"code": "...", "message": "..."}}``. OpenAPI at ``/openapi.json`
 import base64
 import binascii
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregation.durable import StorageError
-from federation.api_bodies import ReleaseRequest, RolloutRequest, TokenRequest, WhyRequest
-from federation.enrolment import Enrolment, EnrolmentError
+from federation.api_bodies import ReleaseRequest, TagsRequest, TokenRequest, WhyRequest
+from federation.api_operators import add_operator_routes
+from federation.api_rollouts import add_rollout_routes
+from federation.api_trust import add_trust_routes
+from federation.desk import Desk
+from federation.enrolment import EnrolmentError
 from federation.errors import FederationError
-from federation.fleet import Fleet, UnknownDeviceError
-from federation.metrics import CONTENT_TYPE, Metrics
-from federation.operators import operator_of
-from federation.policy import Policy
+from federation.filters import Filter
+from federation.fleet import UnknownDeviceError
+from federation.metadata_files import parse_metadata
+from federation.metrics import CONTENT_TYPE
+from federation.operators import Operator, OperatorsError, Right, operator_of
 from federation.published import NotFoundError, PublishError, ReleaseRecord
-from federation.repository import Repository
-from federation.rollout import Rollout, Verb
-from federation.store import Store
-from federation.ticker import NoRolloutError, RolloutRecord, Ticker
-from federation.waves import RolloutError, Wave
+from federation.rollout_book import NoRolloutError
+from federation.waves import RolloutError
 
 BODY_MAX = 96 * 1024 * 1024  # bytes; a release is posted in base64
 
@@ -44,27 +44,12 @@ STATUS: dict[type[Exception], int] = {
     RolloutError: 409,
     PublishError: 409,
     EnrolmentError: 409,
+    OperatorsError: 409,
     StorageError: 507,
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Desk:
-    """All that the interface speaks to.
-
-    Attributes:
-        endpoints: where devices enrol and connect, ``{"enrol": "host:port", "fleet": ...}``.
-        wake: called (from any thread) when streams should look again.
-    """
-
-    store: Store
-    fleet: Fleet
-    enrolment: Enrolment
-    ticker: Ticker
-    repository: Repository
-    metrics: Metrics
-    endpoints: Callable[[], dict[str, str]]
-    wake: Callable[[], None]
+Where = Annotated[str, Query(max_length=1000)]
 
 
 def make_app(desk: Desk) -> FastAPI:
@@ -75,18 +60,37 @@ def make_app(desk: Desk) -> FastAPI:
 
     def operator(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-    ) -> str:
-        name = operator_of(desk.store, shown.credentials) if shown else None
-        if name is None:
+    ) -> Operator:
+        found = operator_of(desk.store, shown.credentials) if shown else None
+        if found is None:
             raise HTTPException(401, "a valid operator token is needed: see admin.token")
-        return name
+        return found
 
-    Who = Annotated[str, Depends(operator)]
+    def needs(right: Right) -> Any:
+        def name(known: Annotated[Operator, Depends(operator)]) -> str:
+            if not known.may(right):
+                raise HTTPException(
+                    403, f"{known.name} has the role {known.role}, which may not {right}"
+                )
+            return known.name
+
+        return Annotated[str, Depends(name)]
+
+    look, operate = needs(Right.LOOK), needs(Right.OPERATE)
     _add_errors(app)
     _add_open_routes(app, desk)
-    _add_fleet_routes(app, desk, Who)
-    _add_release_routes(app, desk, Who)
-    _add_rollout_routes(app, desk, Who)
+    _add_fleet_routes(app, desk, look, operate)
+    _add_release_routes(app, desk, look, operate)
+    add_rollout_routes(app, desk, look, operate, Annotated[Operator, Depends(operator)])
+    add_operator_routes(app, desk, look, needs(Right.ADMINISTER))
+    add_trust_routes(
+        app,
+        needs(Right.ADMINISTER),
+        repository=desk.repository,
+        store=desk.store,
+        online=desk.online_key,
+        wake=desk.wake,
+    )
     return app
 
 
@@ -142,9 +146,9 @@ def _add_open_routes(app: FastAPI, desk: Desk) -> None:
         return Response(desk.metrics.render(devices, rollouts), media_type=CONTENT_TYPE)
 
 
-def _add_fleet_routes(app: FastAPI, desk: Desk, who: Any) -> None:
+def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
     @app.post("/v1/enrolment-tokens", status_code=201)
-    def make_token(body: TokenRequest, operator: who) -> dict[str, Any]:
+    def make_token(body: TokenRequest, operator: operate) -> dict[str, Any]:
         token = desk.enrolment.make_token(
             who=operator, device_id=body.device_id, tags=body.tags, seconds=body.seconds
         )
@@ -156,38 +160,40 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, who: Any) -> None:
         }
 
     @app.get("/v1/devices")
-    def devices(operator: who) -> dict[str, Any]:
+    def devices(operator: look, where: Where = "") -> dict[str, Any]:
         newest = desk.repository.versions()["timestamp"]
-        return {"devices": desk.fleet.devices(), "timestamp_version": newest}
+        return {"devices": desk.fleet.devices(_filter(where)), "timestamp_version": newest}
 
     @app.get("/v1/devices/{device_id}")
-    def device(device_id: str, operator: who) -> dict[str, Any]:
+    def device(device_id: str, operator: look) -> dict[str, Any]:
         return desk.fleet.device(device_id)
 
     @app.post("/v1/devices/{device_id}/revoke")
-    def revoke(device_id: str, body: WhyRequest, operator: who) -> dict[str, Any]:
+    def revoke(device_id: str, body: WhyRequest, operator: operate) -> dict[str, Any]:
         desk.fleet.revoke(device_id, who=operator, why=body.why)
         desk.wake()
         return desk.fleet.device(device_id)
 
-    @app.get("/v1/audit")
-    def audit(operator: who, limit: int = 200) -> list[dict[str, Any]]:
-        return desk.store.audit(max(1, min(limit, 10_000)))
+    @app.post("/v1/devices/{device_id}/tags")
+    def tag(device_id: str, body: TagsRequest, operator: operate) -> dict[str, Any]:
+        desk.fleet.tag(device_id, body.tags, who=operator, why=body.why)
+        return desk.fleet.device(device_id)
 
 
-def _add_release_routes(app: FastAPI, desk: Desk, who: Any) -> None:
+def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
     @app.get("/v1/repository/adapters")
-    def adapters(operator: who) -> dict[str, Any]:
-        """The current adapters metadata: what the next release is made from."""
-        metadata = base64.b64encode(desk.repository.adapters()).decode()
-        return {"version": desk.repository.versions()["adapters"], "metadata": metadata}
+    def adapters(operator: look, channel: str = "") -> dict[str, Any]:
+        """The current metadata of a channel's role: what its next release is made from."""
+        data = desk.repository.adapters(channel)
+        version = parse_metadata(data, "adapters").signed.version
+        return {"version": version, "metadata": base64.b64encode(data).decode()}
 
     @app.get("/v1/releases")
-    def releases(operator: who) -> list[dict[str, Any]]:
+    def releases(operator: look) -> list[dict[str, Any]]:
         return [_release(record) for record in desk.repository.releases()]
 
     @app.post("/v1/releases", status_code=201)
-    def publish(body: ReleaseRequest, operator: who) -> dict[str, Any]:
+    def publish(body: ReleaseRequest, operator: operate) -> dict[str, Any]:
         try:
             metadata = base64.b64decode(body.metadata, validate=True)
             payload = base64.b64decode(body.payload, validate=True)
@@ -202,56 +208,8 @@ def _add_release_routes(app: FastAPI, desk: Desk, who: Any) -> None:
         return _release(record)
 
 
-def _add_rollout_routes(app: FastAPI, desk: Desk, who: Any) -> None:
-    @app.post("/v1/rollouts", status_code=201)
-    def start(body: RolloutRequest, operator: who) -> dict[str, Any]:
-        waves = [Wave.parse(wave) for wave in body.waves]
-        policy = Policy(**body.policy.model_dump())
-        begin = desk.ticker.create if body.draft else desk.ticker.start
-        rollout = begin(body.release, waves, policy, who=operator, why=body.why)
-        return status(rollout.id, operator)
-
-    @app.get("/v1/rollouts")
-    def rollouts(operator: who) -> list[dict[str, Any]]:
-        return [_rollout(record) for record in desk.ticker.records()]
-
-    @app.get("/v1/rollouts/{rollout_id}")
-    def status(rollout_id: str, operator: who) -> dict[str, Any]:
-        record = desk.ticker.record(rollout_id)
-        return {**_rollout(record), "devices": _devices(desk, record.rollout)}
-
-    @app.post("/v1/rollouts/{rollout_id}/{verb}")
-    def act(rollout_id: str, verb: Verb, body: WhyRequest, operator: who) -> dict[str, Any]:
-        desk.ticker.act(rollout_id, verb, who=operator, why=body.why)
-        return status(rollout_id, operator)
-
-
-def _devices(desk: Desk, rollout: Rollout) -> list[dict[str, Any]]:
-    words = {(one["device_id"], one["release"]): one for one in desk.fleet.outcomes(rollout.id)}
-    rows = []
-    for one in desk.fleet.observations(rollout):
-        word = words.get((one.device_id, rollout.release.release), {})
-        rows.append(
-            {
-                "device_id": one.device_id,
-                "in_wave": rollout.wave >= 0 and rollout.includes(one.device_id),
-                "running": one.running,
-                "outcome": one.outcome,
-                "reason": one.reason,
-                "quality": asdict(one.quality) if one.quality else None,
-                "detail": word.get("detail", ""),
-                "payload_bytes": word.get("payload_bytes", 0),
-            }
-        )
-    return rows
-
-
-def _rollout(record: RolloutRecord) -> dict[str, Any]:
-    return {
-        **record.rollout.to_mapping(),
-        "created": record.created,
-        "updated": record.updated,
-    }
+def _filter(where: str) -> Filter | None:
+    return Filter.parse(where) if where.strip() else None
 
 
 def _release(record: ReleaseRecord) -> dict[str, Any]:

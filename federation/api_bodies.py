@@ -1,9 +1,12 @@
 """Bodies of the operator's requests, checked before anything is done with them."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from federation.enrolment import TOKEN_SECONDS
-from federation.policy import Policy
+from federation.operators import Role
+from federation.policy import OnSuccess, Policy, Retries
 
 
 class Strict(BaseModel):
@@ -27,23 +30,63 @@ class ReleaseRequest(Strict):
     payload: str
 
 
+class RetriesRequest(Strict):
+    """See :class:`federation.policy.Retries`."""
+
+    device: int = Retries.device
+    space: int = Retries.space
+    carrier: int = Retries.carrier
+
+
 class PolicyRequest(Strict):
-    """See :class:`federation.rollout.Policy`."""
+    """See :class:`federation.policy.Policy`."""
 
     max_failures: int = Policy.max_failures
+    max_failure_share: float = Policy.max_failure_share
+    max_unhealthy: int = Policy.max_unhealthy
+    max_unhealthy_share: float = Policy.max_unhealthy_share
+    max_memory_factor: float = Policy.max_memory_factor
+    max_latency_factor: float = Policy.max_latency_factor
     quality_tolerance: float = Policy.quality_tolerance
+    quality_alpha: float = Policy.quality_alpha
+    quality_clip: float = Policy.quality_clip
+    liar_share: float = Policy.liar_share
+    quality_margin: float | None = Policy.quality_margin
+    min_success_share: float = Policy.min_success_share
+    on_success: OnSuccess = Policy.on_success
+    two_person: bool = Policy.two_person
     bake_seconds: float = Policy.bake_seconds
     deadline_seconds: float = Policy.deadline_seconds
+    window: str = Field(default=Policy.window, max_length=11)
+    retries: RetriesRequest = RetriesRequest()
 
 
 class RolloutRequest(Strict):
-    """A plan; waves as people write them: ``["1", "25%", "100%"]``."""
+    """A plan; waves as people write them: ``["1", "where connected == true", "100%"]``."""
 
     release: str
-    waves: list[str] = Field(default=["1", "100%"], max_length=50)
+    other: str | None = None
+    waves: list[Annotated[str, Field(max_length=1100)]] = Field(
+        default=["1", "100%"], max_length=50
+    )
     policy: PolicyRequest = PolicyRequest()
     why: str = Field(default="", max_length=500)
     draft: bool = False
+
+
+class TagsRequest(Strict):
+    """Tags to set; null takes one away."""
+
+    tags: dict[str, str | None] = Field(max_length=64)
+    why: str = Field(default="", max_length=500)
+
+
+class OperatorRequest(Strict):
+    """A wish for an operator's token."""
+
+    name: str = Field(max_length=100)
+    role: Role
+    why: str = Field(default="", max_length=500)
 
 
 class WhyRequest(Strict):

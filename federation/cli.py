@@ -100,20 +100,49 @@ def server(
         )
 
 
+WhereOption = Annotated[
+    str,
+    typer.Option("--where", help='Filter, as: tag.site == "north" and memory_bytes >= 2e9'),
+]
+
+
 @fleet.command("list")
 def fleet_list(
+    where: WhereOption = "",
     home: Home = HERE,
     url: Url = None,
     token_file: TokenFile = None,
     format: AsFormat = Format.TABLE,  # noqa: A002
 ) -> None:
-    """All devices, with what runs on each.
+    """All devices, or those that a filter means, with what runs on each.
 
-    Example: airpeft fleet list --home fleet-server --format json
+    Example: airpeft fleet list --where 'tag.site == "north" and not running == "stable-3"'
     """
     with plain_errors(), call_operator(home, url, token_file) as operator:
-        devices = operator.devices()
-    show("devices", devices, format, lambda: _print_devices(devices))
+        devices = operator.devices(where)
+    empty = "no device is meant by this filter" if where else ""
+    show("devices", devices, format, lambda: _print_devices(devices, empty))
+
+
+@fleet.command("tag")
+def fleet_tag(
+    device: Annotated[str, typer.Argument(help="Name of the device.")],
+    tag: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE; any number.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="KEY; repeatable.")] = None,
+    why: Why = "",
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """Set or remove tags; waves and filters pick devices by them.
+
+    Example: airpeft fleet tag kitchen site=north ring=canary --remove spare
+    """
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        changes: dict[str, str | None] = {**_tags(tag), **dict.fromkeys(remove or [])}
+        one = operator.tag(device, changes, why)
+    show("device", one, format, lambda: _print_devices([one]))
 
 
 @fleet.command("show")
@@ -235,6 +264,7 @@ def fleet_lagging(
     url: Url = None,
     token_file: TokenFile = None,
     hours: Annotated[float, typer.Option(help="Silent for longer than this.")] = 24.0,
+    where: WhereOption = "",
     format: AsFormat = Format.TABLE,  # noqa: A002
 ) -> None:
     """Devices that were silent for long: off, cut off, or held back by someone in between.
@@ -242,7 +272,7 @@ def fleet_lagging(
     Example: airpeft fleet lagging --hours 48
     """
     with plain_errors(), call_operator(home, url, token_file) as operator:
-        devices = operator.devices()
+        devices = operator.devices(where)
     oldest = time.time() - hours * 3600
     away = [d for d in devices if not d["revoked"] and not d["connected"]]
     late = [d for d in away if (d["last_seen"] or 0) < oldest]

@@ -29,6 +29,7 @@ class Format(StrEnum):
 FormatOption = Annotated[
     Format, typer.Option("--format", help="table for people, json for programs.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and end.")]
 PassphraseFile = Annotated[
     Path | None,
     typer.Option(
@@ -89,6 +90,33 @@ def fail(message: str, code: int) -> None:
     """
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask before something changes that many depend on.
+
+    Raises:
+        typer.Exit: the answer is no, or there is nobody to ask.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        fail("this changes what devices trust: say --yes, or run it where you can be asked", 2)
+    if not typer.confirm(question):
+        raise typer.Exit(1)
+
+
+def optional_passphrase(file: Path | None, key: Path) -> str | None:
+    """The passphrase for a key file, None if it is not encrypted (or not there).
+
+    Raises:
+        typer.Exit: it needs one, and nobody is there to ask.
+    """
+    from federation.keys import is_encrypted
+
+    if not key.is_file() or not is_encrypted(key):
+        return None
+    return passphrase(file, what=str(key))
 
 
 def passphrase(file: Path | None, *, what: str, confirm: bool = False) -> str:

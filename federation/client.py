@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import httpx
 
 from federation.errors import FederationError
 
-FINAL = frozenset({"done", "rolled_back", "aborted", "paused", "draft"})
+FINAL = frozenset({"done", "rolled_back", "aborted", "paused", "draft", "awaiting_approval"})
 
 
 class OperatorError(FederationError):
@@ -102,9 +103,15 @@ class OperatorClient:
         body = {"device_id": device_id, "tags": dict(tags or {}), "seconds": seconds}
         return self._call("POST", "/v1/enrolment-tokens", body)
 
-    def devices(self) -> list[dict[str, Any]]:
-        """All devices, the revoked ones too."""
-        return list(self._call("GET", "/v1/devices")["devices"])
+    def devices(self, where: str = "") -> list[dict[str, Any]]:
+        """All devices, the revoked ones too; or those that a filter means."""
+        query = f"?{urlencode({'where': where})}" if where else ""
+        return list(self._call("GET", f"/v1/devices{query}")["devices"])
+
+    def tag(self, device_id: str, tags: Mapping[str, str | None], why: str = "") -> dict[str, Any]:
+        """Set tags of a device; None takes one away."""
+        body = {"tags": dict(tags), "why": why}
+        return self._call("POST", f"/v1/devices/{device_id}/tags", body)
 
     def fleet(self) -> dict[str, Any]:
         """``{"devices": [...], "timestamp_version": newest}``."""
@@ -118,9 +125,9 @@ class OperatorClient:
         """Never admit this device again."""
         return self._call("POST", f"/v1/devices/{device_id}/revoke", {"why": why})
 
-    def adapters(self) -> tuple[int, bytes]:
-        """Version and bytes of the current adapters metadata, as ``release make`` needs them."""
-        answer = self._call("GET", "/v1/repository/adapters")
+    def adapters(self, channel: str = "") -> tuple[int, bytes]:
+        """Version and bytes of the metadata that a channel's next release is made from."""
+        answer = self._call("GET", f"/v1/repository/adapters?channel={quote(channel, safe='')}")
         return int(answer["version"]), base64.b64decode(answer["metadata"])
 
     def publish_release(self, metadata: bytes, payload: bytes) -> dict[str, Any]:
@@ -131,6 +138,24 @@ class OperatorClient:
         }
         return self._call("POST", "/v1/releases", body)
 
+    def publish_revocation(self, metadata: bytes) -> dict[str, Any]:
+        """Send a signed revocation; sending it again changes nothing."""
+        body = {"metadata": base64.b64encode(metadata).decode()}
+        return self._call("POST", "/v1/revocations", body)
+
+    def offline(self) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        """The files that offline keys have signed, by role, and when every file expires."""
+        answer = self._call("GET", "/v1/repository/offline")
+        files = {role: base64.b64decode(data) for role, data in answer["files"].items()}
+        return files, list(answer["expiries"])
+
+    def change_keys(
+        self, files: Mapping[str, bytes], *, hold: bool = False, why: str = ""
+    ) -> dict[str, Any]:
+        """Send a signed change of keys; sending it again changes nothing."""
+        wire = {role: base64.b64encode(data).decode() for role, data in files.items()}
+        return self._call("POST", "/v1/keys", {"files": wire, "hold": hold, "why": why})
+
     def releases(self) -> list[dict[str, Any]]:
         """Every release that the adapter keys vouch for."""
         return self._list("/v1/releases")
@@ -140,19 +165,38 @@ class OperatorClient:
         release: str,
         waves: Sequence[str] = ("1", "100%"),
         *,
-        policy: Mapping[str, float] | None = None,
+        policy: Mapping[str, Any] | None = None,
         why: str = "",
         draft: bool = False,
+        other: str | None = None,
     ) -> dict[str, Any]:
-        """Start a rollout, or only draft it."""
+        """Start a rollout, or a comparison with ``other``; or only draft it."""
         body = {
             "release": release,
+            "other": other,
             "waves": list(waves),
             "policy": dict(policy or {}),
             "why": why,
             "draft": draft,
         }
         return self._call("POST", "/v1/rollouts", body)
+
+    def plan_rollout(
+        self,
+        release: str,
+        waves: Sequence[str] = ("1", "100%"),
+        *,
+        policy: Mapping[str, Any] | None = None,
+        other: str | None = None,
+    ) -> dict[str, Any]:
+        """What a rollout would do to how many devices; nothing changes."""
+        body = {
+            "release": release,
+            "other": other,
+            "waves": list(waves),
+            "policy": dict(policy or {}),
+        }
+        return self._call("POST", "/v1/rollouts/plan", body)
 
     def rollouts(self) -> list[dict[str, Any]]:
         """All rollouts, newest first."""
@@ -163,7 +207,7 @@ class OperatorClient:
         return self._call("GET", f"/v1/rollouts/{rollout_id}")
 
     def act(self, rollout_id: str, verb: str, why: str = "") -> dict[str, Any]:
-        """start, pause, resume, abort or rollback."""
+        """start, approve, pause, resume, abort or rollback."""
         return self._call("POST", f"/v1/rollouts/{rollout_id}/{verb}", {"why": why})
 
     def watch(
@@ -177,7 +221,7 @@ class OperatorClient:
             seen: called with the rollout whenever it changed.
 
         Returns:
-            The rollout at rest: done, rolled_back, aborted, paused or draft.
+            The rollout at rest: done, rolled_back, aborted, paused, draft or awaiting_approval.
         """
         last: dict[str, Any] = {}
         while True:
@@ -192,6 +236,23 @@ class OperatorClient:
     def audit(self, limit: int = 200) -> list[dict[str, Any]]:
         """The newest audit lines, newest first."""
         return self._list(f"/v1/audit?limit={limit}")
+
+    def verify_audit(self, head: str | None = None) -> dict[str, Any]:
+        """Whether the audit log is whole; ``head``: a digest that must still be part of it."""
+        query = f"?{urlencode({'head': head})}" if head else ""
+        return self._call("GET", f"/v1/audit/verify{query}")
+
+    def operators(self) -> list[dict[str, Any]]:
+        """All operators by name."""
+        return self._list("/v1/operators")
+
+    def add_operator(self, name: str, role: str, why: str = "") -> dict[str, Any]:
+        """Give out a token; this answer alone holds it."""
+        return self._call("POST", "/v1/operators", {"name": name, "role": role, "why": why})
+
+    def revoke_operator(self, name: str, why: str = "") -> dict[str, Any]:
+        """Take a token back."""
+        return self._call("POST", f"/v1/operators/{name}/revoke", {"why": why})
 
     def metrics(self) -> str:
         """The server's metrics in Prometheus' text format."""

@@ -18,22 +18,23 @@ import fcntl
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 from aggregation import durable
+from federation.commit import finish
 from federation.errors import FederationError
 from federation.keys import (
     ADAPTER_NAMES,
     ONLINE_NAME,
     ROOT_NAMES,
     KeyFolder,
-    generate,
 )
+from federation.online_keys import FOLDER as ONLINE_FOLDER
+from federation.online_keys import key_folder, online_signer
+from federation.reading import Reading
 from federation.repository import Repository
 
 log = logging.getLogger("airpeft.federation.server")
@@ -99,14 +100,16 @@ def open_repository(
         FederationError: a key or the repository cannot be read or made.
         StorageError: the disk refused.
     """
-    online = _keys(home / "online-key", (ONLINE_NAME,), passphrases.online)
-    signer = online.signer(ONLINE_NAME, passphrases.online)
     folder = home / "repository"
     if (folder / "metadata" / "timestamp.json").exists():
-        return Repository(folder, signer)
+        finish(folder)
+        named = Reading(folder).online_keyid()
+        return Repository(folder, online_signer(home, named, passphrases.online))
+    online = key_folder(home / ONLINE_FOLDER, (ONLINE_NAME,), passphrases.online)
+    signer = online.signer(ONLINE_NAME, passphrases.online)
     names = (*ROOT_NAMES, *ADAPTER_NAMES)
     if offline_keys is None:
-        offline = _keys(home / "offline-keys", names, passphrases.offline)
+        offline = key_folder(home / "offline-keys", names, passphrases.offline)
         log.warning(
             "the offline keys were made in %s: move this folder to a machine without network;"
             " the server never needs it again",
@@ -135,17 +138,3 @@ def last_ports(home: Path) -> dict[str, int]:
         return {name: int(port) for name, port in ports.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _keys(folder: Path, names: Iterable[str], passphrase: str | None) -> KeyFolder:
-    if not folder.exists():
-        # Keys are never overwritten, so a folder of half a set must never be seen.
-        partial = folder.with_name(folder.name + durable.PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        generate(partial, names, passphrase=passphrase)
-        try:
-            partial.replace(folder)
-            durable.sync_folder(folder.parent)
-        except OSError as error:
-            raise durable.storage_error(folder, error) from error
-    return KeyFolder(folder)

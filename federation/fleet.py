@@ -19,12 +19,15 @@ import sqlalchemy as sa
 from aggregation.durable import StorageError
 from federation import store as tables
 from federation.errors import FederationError
+from federation.facts import changed_tags, facts
+from federation.filters import Filter
 from federation.orders import FAILURES, Observation
 from federation.reports import ReportError, check_report, consequences, keep_report
 from federation.rollout import Rollout
 from federation.store import Store
 from protos.messages import (
     DeviceEvent,
+    Health,
     Quality,
     RejectReason,
     Report,
@@ -35,6 +38,7 @@ from protos.messages import (
 log = logging.getLogger("airpeft.federation.fleet")
 
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
+HIDDEN = frozenset({"certificate", "public_key"})
 
 
 class UnknownDeviceError(FederationError):
@@ -101,7 +105,7 @@ class Fleet:
                     break
                 if report.sequence <= last:
                     continue
-                keep_report(connection, report, one, self._store.clock())
+                keep_report(connection, report, one, self._store.clock(), device)
                 device |= (changes := consequences(device, report))
                 news |= changes
                 last = report.sequence
@@ -115,18 +119,24 @@ class Fleet:
     def observations(self, rollout: Rollout) -> list[Observation]:
         """One for each active device, as :func:`federation.rollout.decide` wants them."""
         known, told = tables.devices, tables.outcomes
-        match = sa.and_(
-            told.c.device_id == known.c.id,
-            told.c.rollout == rollout.id,
-            told.c.release == rollout.release.release,
-        )
-        columns = (known.c.id, known.c.running, told.c.event, told.c.reason, told.c.quality)
-        query = sa.select(*columns).select_from(known.outerjoin(told, match))
-        query = query.where(known.c.revoked.is_(None)).order_by(known.c.id)
+        query = sa.select(told).where(told.c.rollout == rollout.id)
+        devices = sa.select(*(c for c in known.c if c.name not in HIDDEN))
+        devices = devices.where(known.c.revoked.is_(None)).order_by(known.c.id)
+        now = self._store.clock()
         with self._store.read() as connection:
-            return [
-                _observation(dict(row), rollout) for row in connection.execute(query).mappings()
-            ]
+            words = {
+                (row["device_id"], row["release"]): dict(row)
+                for row in connection.execute(query).mappings()
+            }
+            rows = [dict(row) for row in connection.execute(devices).mappings()]
+        found = []
+        for row in rows:
+            release = rollout.targets[rollout.arm(row["id"])].release
+            known_facts = facts(self._plain(row), now)
+            found.append(
+                _observation(row, words.get((row["id"], release), {}), release, known_facts)
+            )
+        return found
 
     def outcomes(self, rollout_id: str) -> list[dict[str, Any]]:
         """Each device's last word on a rollout, for people."""
@@ -135,12 +145,14 @@ class Fleet:
             rows = connection.execute(query.order_by(tables.outcomes.c.received)).mappings()
             return [dict(row) for row in rows]
 
-    def devices(self) -> list[dict[str, Any]]:
-        """All devices by name, the revoked ones too."""
+    def devices(self, where: Filter | None = None) -> list[dict[str, Any]]:
+        """All devices by name, the revoked ones too; or those that a filter means."""
         self.flush()
         query = sa.select(tables.devices).order_by(tables.devices.c.id)
+        now = self._store.clock()
         with self._store.read() as connection:
-            return [self._plain(dict(row)) for row in connection.execute(query).mappings()]
+            rows = [self._plain(dict(row)) for row in connection.execute(query).mappings()]
+        return [row for row in rows if where is None or where.matches(facts(row, now))]
 
     def device(self, device_id: str) -> dict[str, Any]:
         """One device with its newest reports.
@@ -211,23 +223,47 @@ class Fleet:
             self._store.log(connection, who, "revoke", device_id, why)
         self.refresh(device_id)
 
+    def tag(
+        self, device_id: str, changes: Mapping[str, str | None], *, who: str, why: str = ""
+    ) -> None:
+        """Set tags of a device; None takes one away.
+
+        Raises:
+            UnknownDeviceError: no such device.
+            TagError: a name or a value out of bounds, or too many tags.
+        """
+        with self._store.write() as connection:
+            tags = changed_tags(_device(connection, device_id)["tags"], changes)
+            connection.execute(_update(device_id).values(tags=tags))
+            said = ", ".join(
+                f"{name}={value}" if value is not None else f"no {name}"
+                for name, value in changes.items()
+            )
+            self._store.log(connection, who, "tag", device_id, f"{said}; {why}" if why else said)
+
     def _plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A device for people: without keys, and with whether its stream is open."""
-        hidden = {"certificate", "public_key"}
-        plain = {key: value for key, value in row.items() if key not in hidden}
+        plain = {key: value for key, value in row.items() if key not in HIDDEN}
         return {**plain, "connected": self._streams[str(row["id"])] > 0}
 
 
-def _observation(row: Mapping[str, Any], rollout: Rollout) -> Observation:
-    event = DeviceEvent(row["event"]) if row["event"] else None
-    if event is None and row["running"] == rollout.release.release:
+def _observation(
+    device: Mapping[str, Any], word: Mapping[str, Any], release: str, known: Mapping[str, Any]
+) -> Observation:
+    event = DeviceEvent(word["event"]) if word else None
+    if event is None and device["running"] == release:
         event = DeviceEvent.COMMITTED  # it had the release before this rollout, and says no more
+    before, after = word.get("health_before"), word.get("health_after")
     return Observation(
-        device_id=row["id"],
+        device_id=device["id"],
         outcome=event,
-        reason=RejectReason(row["reason"]) if row["reason"] else None,
-        quality=Quality(**row["quality"]) if row["quality"] else None,
-        running=row["running"],
+        reason=RejectReason(word["reason"]) if word.get("reason") else None,
+        attempts=word.get("attempts", 1),
+        quality=Quality(**word["quality"]) if word.get("quality") else None,
+        health_before=Health(**before) if before else None,
+        health_after=Health(**after) if after else None,
+        running=device["running"],
+        facts=known,
     )
 
 

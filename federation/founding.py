@@ -42,10 +42,13 @@ def first_files(
     files["timestamp.json"] = roles.to_bytes(
         roles.timestamp(1, files["1.snapshot.json"], 1, now, online)
     )
-    content = roles.round_bytes(start)
-    whole = {f"metadata/{name}": data for name, data in files.items()}
-    whole[payload_path(CURRENT_ROUND, hashlib.sha256(content).hexdigest())] = content
-    return whole
+    return {**{f"metadata/{name}": data for name, data in files.items()}, **round_file(start)}
+
+
+def round_file(document: RoundDocument) -> dict[str, bytes]:
+    """The target of a round, by its path in the repository."""
+    content = roles.round_bytes(document)
+    return {payload_path(CURRENT_ROUND, hashlib.sha256(content).hexdigest()): content}
 
 
 def _check_separate(

@@ -1,12 +1,16 @@
 """What is known of an adapter beside its numbers, in the files of its folder.
 
-``version.json`` says where it came from and how good it is, ``privacy.json`` what was spent on it.
-Both are optional, and a field that is there is checked. Floats become integers in named units
-here, rounded to the side that promises less: epsilon and delta up, accuracy down.
+``version.json`` says where it came from and how good it is, ``evaluation.json`` how good it is on
+several named sets, ``privacy.json`` what was spent on it. All are optional, and a field that is
+there is checked. Floats become integers in named units here, rounded to the side that promises
+less: epsilon and delta up, accuracy down. An ``evaluation.json``::
+
+    {"evaluations": [{"set": "heldout", "accuracy": 0.8425, "examples": 400}, ...]}
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -27,6 +31,7 @@ from protos.signed_checks import check_text
 
 VERSION_FILE = "version.json"
 PRIVACY_FILE = "privacy.json"
+EVALUATION_FILE = "evaluation.json"
 MAX_FILE = 4 << 20
 UNITS = ("example", "client")
 
@@ -48,14 +53,16 @@ class Provenance:
     """
 
     lineage: Lineage = field(default_factory=Lineage)
-    evaluation: Evaluation | None = None
+    evaluations: tuple[Evaluation, ...] = ()
     example: PrivacyClaim | None = None
     client: PrivacyClaim | None = None
     personal: str = ""
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """Read ``version.json`` and ``privacy.json`` of an adapter's folder, as far as they are there.
+    """Read the files that stand beside an adapter, as far as they are there.
+
+    What ``evaluation.json`` says of a set comes before what ``version.json`` says of it.
 
     Raises:
         ProvenanceError: a file is not JSON, or one of its fields is wrong.
@@ -63,16 +70,70 @@ def read_provenance(folder: Path) -> Provenance:
     version = _read_json(folder / VERSION_FILE)
     privacy = _read_json(folder / PRIVACY_FILE)
     try:
-        evaluation = version.get("evaluation")
+        mine = version.get("evaluation")
+        measured = read_evaluations(folder / EVALUATION_FILE)
+        if mine is not None:
+            one = Evaluation.from_custom(mine)
+            measured = {one.set: one, **measured}
         return Provenance(
             lineage=Lineage.from_custom(version.get("lineage", {})),
-            evaluation=None if evaluation is None else Evaluation.from_custom(evaluation),
+            evaluations=tuple(measured.values()),
             example=claim(privacy, "example"),
             client=claim(privacy, "client"),
             personal=check_text("personal", version.get("personal", ""), 1000),
         )
     except StatementError as error:
         raise ProvenanceError(f"{folder}: {error}") from None
+
+
+def read_evaluations(path: Path) -> dict[str, Evaluation]:
+    """The named sets of an ``evaluation.json``; none if there is no such file.
+
+    Raises:
+        ProvenanceError: it is not JSON, or one of its fields is wrong.
+    """
+    listed = _read_json(path).get("evaluations", [])
+    if not isinstance(listed, list):
+        raise ProvenanceError(f"{path}: evaluations must be a list")
+    found: dict[str, Evaluation] = {}
+    for item in listed:
+        fields = item if isinstance(item, dict) else {}
+        name, accuracy, examples = (fields.get(k) for k in ("set", "accuracy", "examples"))
+        number = isinstance(accuracy, int | float) and not isinstance(accuracy, bool)
+        if not isinstance(name, str) or not name or not number or name in found:
+            raise ProvenanceError(
+                f"{path}: {str(item)[:80]} must have a set of its own, an accuracy from 0 to 1 and "
+                "a number of examples"
+            )
+        try:
+            found[name] = evaluation(name, float(accuracy), examples)  # type: ignore[arg-type]
+        except StatementError as error:
+            raise ProvenanceError(f"{path}: {error}") from None
+    return found
+
+
+def version_document(lineage: Lineage, measured: Evaluation | None) -> dict[str, Any]:
+    """A ``version.json`` for an adapter's folder."""
+    return {
+        "schema": 1,
+        "lineage": lineage.to_custom(),
+        "evaluation": measured.to_custom() if measured else None,
+    }
+
+
+def fingerprint(data: str) -> str:
+    """``sha256:<hex>`` of a file of training data; what is a fingerprint already stays as it is.
+
+    Raises:
+        ProvenanceError: there is no such file.
+    """
+    if data.startswith("sha256:"):
+        return data
+    try:
+        with Path(data).open("rb") as stream:
+            return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise ProvenanceError(f"cannot read {data}: {error.strerror}") from error
 
 
 def claim(privacy: Mapping[str, Any], unit: str) -> PrivacyClaim | None:

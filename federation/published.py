@@ -1,7 +1,7 @@
-"""What is current in a repository, read from its folder and verified; nothing here writes.
+"""What is current in a repository, as values; reading it is :mod:`federation.metadata_files`.
 
-``timestamp.json`` names the snapshot, the snapshot names the rest: files that it does not lead to
-do not exist as far as this module is concerned.
+Releases are signed by the roles that targets delegates: ``adapters``, and one more for each tenant
+or base that has keys of its own. The paths of a delegation say which channels it may speak for.
 """
 
 from __future__ import annotations
@@ -10,35 +10,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import RepositoryError as TufError
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all__
     Metadata,
-    MetaFile,
-    Root,
     TargetFile,
     Targets,
 )
-from tuf.api.serialization import DeserializationError
 
 from federation.errors import FederationError
 from protos.messages import MetadataBundle
 from protos.signed import (
-    ADAPTERS_ROLE,
     CURRENT_ROUND,
     ROUNDS_ROLE,
+    STANDING,
     Assignment,
     ReleaseStatement,
+    Revocation,
     RoundDocument,
     SignedPayload,
+    Standing,
     StatementError,
     payload_path,
+    split_target,
+    target_name,
 )
-
-MAX_METADATA = 4_000_000
-"""Bytes of one metadata file; devices refuse a little more than that."""
 
 
 class RepositoryError(FederationError):
@@ -81,9 +77,48 @@ class Published:
         return {role: metadata.signed for role, metadata in self.metadata.items()}
 
     @cached_property
+    def adapter_roles(self) -> tuple[str, ...]:
+        """The roles that may sign releases, in the order in which they are asked."""
+        return tuple(r for r in self.signed["targets"].delegations.roles if r != ROUNDS_ROLE)
+
+    def role_of(self, channel: str) -> str:
+        """The role that signs a channel's releases.
+
+        Raises:
+            NotFoundError: none may.
+        """
+        delegations = self.signed["targets"].delegations
+        for role, terminating in delegations.get_roles_for_target(target_name(channel, 1)):
+            if role in self.adapter_roles:
+                return str(role)
+            if terminating:
+                break
+        raise NotFoundError(
+            f"no role may sign releases of channel {channel!r}; "
+            f"there are: {', '.join(self.adapter_roles)}"
+        )
+
+    @cached_property
     def releases(self) -> tuple[ReleaseRecord, ...]:
         """Every release, by channel and counter."""
-        return read_releases(self.signed[ADAPTERS_ROLE])
+        found = [r for role in self.adapter_roles for r in read_releases(self.signed[role])]
+        return tuple(sorted(found, key=lambda r: (r.statement.channel, r.statement.counter)))
+
+    @cached_property
+    def standing(self) -> Mapping[str, Standing]:
+        """What each of these roles says of releases that are out already."""
+        return {role: read_standing(self.signed[role]) for role in self.adapter_roles}
+
+    def revocation(self, record: ReleaseRecord) -> Revocation | None:
+        """What is said against a release, if anything."""
+        said = self.standing[self.role_of(record.statement.channel)]
+        return said.revocation(record.sha256)
+
+    def floor(self, channel: str) -> int:
+        """The lowest counter of a channel that devices still install."""
+        said = self.standing[self.role_of(channel)].floors.get(channel, 0)
+        mine = [r.statement.floor for r in self.releases if r.statement.channel == channel]
+        return max([said, *mine])
 
     @cached_property
     def round(self) -> RoundDocument:
@@ -93,8 +128,11 @@ class Published:
     @cached_property
     def payloads(self) -> frozenset[str]:
         """Paths of all targets."""
-        listed = self.signed[ROUNDS_ROLE].targets | self.signed[ADAPTERS_ROLE].targets
-        return frozenset(payload_path(t.path, t.hashes["sha256"]) for t in listed.values())
+        return frozenset(
+            payload_path(target.path, target.hashes["sha256"])
+            for role in (ROUNDS_ROLE, *self.adapter_roles)
+            for target in self.signed[role].targets.values()
+        )
 
     def release(self, name: str) -> ReleaseRecord:
         """One release by name.
@@ -129,11 +167,34 @@ class Published:
         """
         if assignment.is_base:
             return
-        target = self.signed[ADAPTERS_ROLE].targets.get(assignment.target)
+        try:
+            role = self.role_of(split_target(assignment.target)[0])
+            target = self.signed[role].targets.get(assignment.target)
+        except NotFoundError:
+            target = None
         if target is None or target.hashes["sha256"] != assignment.sha256:
             raise PublishError(
                 f"the round assigns {assignment.target} ({assignment.sha256[:12]}…), which the "
                 "adapter keys have not signed: publish the release first"
+            )
+
+    def check_orderable(self, record: ReleaseRecord) -> None:
+        """Refuse to begin with what every device would refuse.
+
+        A round is not refused for this: a roll-back that names an old release must replace the
+        round of a bad one, whatever devices make of its own.
+
+        Raises:
+            PublishError: it is revoked, or below its channel's floor.
+        """
+        revoked = self.revocation(record)
+        if revoked is not None:
+            raise PublishError(f"{record.name} is revoked ({revoked.why}): choose another release")
+        floor = self.floor(record.statement.channel)
+        if record.statement.counter < floor:
+            raise PublishError(
+                f"{record.name} is below the signed floor {floor} of its channel: choose a release "
+                f"from {record.statement.channel}-{floor} on"
             )
 
     def check_online(self, keyid: str) -> None:
@@ -152,43 +213,6 @@ class Published:
             )
 
 
-def load(folder: Path) -> Published:
-    """Read and verify what is current; expiry is for devices to judge.
-
-    Raises:
-        RepositoryError: a file is missing or does not verify; says which.
-    """
-    where = folder / "metadata"
-    if not (where / "timestamp.json").is_file():
-        raise RepositoryError(f"there is no repository in {folder}: start the server once")
-    roots = _roots(where)
-    files, metadata = (
-        {"root": roots[-1]},
-        {"root": parse_metadata(roots[-1], f"{len(roots)}.root.json")},
-    )
-
-    def take(role: str, name: str, delegator: str, meta: MetaFile | None = None) -> Any:
-        data = _read(where / name)
-        files[role], metadata[role] = data, parse_metadata(data, name)
-        verify(metadata[delegator].signed, role, metadata[role], name)
-        if meta is not None:
-            _matches(meta, data, metadata[role], name)
-        return metadata[role].signed
-
-    named = take("timestamp", "timestamp.json", "root").snapshot_meta
-    snapshot = take("snapshot", f"{named.version}.snapshot.json", "root", named)
-    for role, delegator in (
-        ("targets", "root"),
-        (ADAPTERS_ROLE, "targets"),
-        (ROUNDS_ROLE, "targets"),
-    ):
-        listed = snapshot.meta.get(f"{role}.json")
-        if listed is None:
-            raise RepositoryError(f"{named.version}.snapshot.json does not list {role}")
-        take(role, f"{listed.version}.{role}.json", delegator, listed)
-    return Published(tuple(roots), files, metadata)
-
-
 def read_releases(adapters: Targets) -> tuple[ReleaseRecord, ...]:
     """The releases that an ``adapters`` file lists, by channel and counter.
 
@@ -201,6 +225,15 @@ def read_releases(adapters: Targets) -> tuple[ReleaseRecord, ...]:
     return tuple(sorted(records, key=lambda r: (r.statement.channel, r.statement.counter)))
 
 
+def read_standing(adapters: Targets) -> Standing:
+    """What an ``adapters`` file says of releases that are out already.
+
+    Raises:
+        StatementError: the field is malformed.
+    """
+    return Standing.from_field(adapters.unrecognized_fields.get(STANDING))
+
+
 def _record(path: str, target: TargetFile) -> ReleaseRecord:
     statement = ReleaseStatement.from_custom(target.custom)
     sha256 = target.hashes.get("sha256", "")
@@ -208,63 +241,3 @@ def _record(path: str, target: TargetFile) -> ReleaseRecord:
         raise StatementError(f"{path[:80]}: its statement describes {statement.target}")
     Assignment(0, path, sha256)  # checks the digest's form
     return ReleaseRecord(statement, sha256, target.length)
-
-
-def _roots(where: Path) -> list[bytes]:
-    """The chain of roots, each one signed by itself and by the one before."""
-    roots: list[bytes] = []
-    previous: Root | None = None
-    while (where / f"{len(roots) + 1}.root.json").is_file():
-        name = f"{len(roots) + 1}.root.json"
-        data = _read(where / name)
-        parsed = parse_metadata(data, name)
-        for delegator in (previous, parsed.signed):
-            if delegator is not None:
-                verify(delegator, "root", parsed, name)
-        roots.append(data)
-        previous = parsed.signed
-    if not roots:
-        raise RepositoryError(f"{where / '1.root.json'} is missing")
-    return roots
-
-
-def _matches(meta: MetaFile, data: bytes, metadata: Metadata[Any], name: str) -> None:
-    try:
-        meta.verify_length_and_hashes(data)
-    except TufError as error:
-        raise RepositoryError(f"{name} is not the file that is current: {error}") from None
-    if metadata.signed.version != meta.version:
-        raise RepositoryError(f"{name} holds version {metadata.signed.version}")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RepositoryError(f"cannot read {path}: {error.strerror}") from error
-
-
-def parse_metadata(data: bytes, name: str) -> Metadata[Any]:
-    """Metadata from its file; nothing of it is believed yet.
-
-    Raises:
-        RepositoryError: it is none, or too large.
-    """
-    if len(data) > MAX_METADATA:
-        raise RepositoryError(f"{name} has {len(data)} bytes; at most {MAX_METADATA} are read")
-    try:
-        return Metadata[Any].from_bytes(data)
-    except (DeserializationError, TufError, RecursionError) as error:
-        raise RepositoryError(f"{name} is not signed metadata: {error}") from None
-
-
-def verify(delegator: Any, role: str, metadata: Metadata[Any], name: str) -> None:
-    """Count the signatures under a file.
-
-    Raises:
-        RepositoryError: fewer good ones than the delegator asks for.
-    """
-    try:
-        delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-    except (TufError, ValueError) as error:
-        raise RepositoryError(f"{name}: {error}") from None

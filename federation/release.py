@@ -22,15 +22,16 @@ from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has n
 
 from aggregation import durable
 from federation import roles
+from federation.description import ReleaseError, ReleaseOptions
 from federation.keys import Signer, key_name
-from federation.published import MAX_METADATA, ReleaseRecord
+from federation.metadata_files import MAX_METADATA
+from federation.published import ReleaseRecord
 from federation.release_request import (
     METADATA,
     PAYLOAD,
+    REQUEST,
     SCHEMA,
     SIGNATURES,
-    ReleaseError,
-    ReleaseOptions,
     ReleaseRequest,
     describe,
     dump,
@@ -40,16 +41,30 @@ from federation.release_request import (
     read_request,
 )
 from federation.repository import Repository
+from federation.revocation import (
+    RevocationRequest,
+    describe_revocation,
+    is_revocation,
+    make_revocation,
+    read_revocation,
+)
 
 __all__ = [
     "ReleaseError",
     "ReleaseOptions",
     "ReleaseRequest",
+    "RevocationRequest",
     "assemble",
+    "assemble_revocation",
     "describe",
+    "describe_revocation",
+    "is_revocation",
     "make_request",
+    "make_revocation",
     "publish",
+    "read_any",
     "read_request",
+    "read_revocation",
     "sign",
     "signed_so_far",
 ]
@@ -70,7 +85,7 @@ def sign(folder: Path, signer: Signer, *, out: Path | None = None) -> Path:
         ReleaseError: the request is not what it should be, so it is not signed.
         StorageError: the signature can't be written.
     """
-    request = read_request(folder)
+    request = read_any(folder)
     metadata, _ = parse_adapters(request.metadata, METADATA)
     signature = signer.sign(metadata.signed_bytes)
     keyid = signer.public_key.keyid
@@ -97,13 +112,26 @@ def assemble(folder: Path, signatures: Iterable[Path] = ()) -> tuple[bytes, byte
         ReleaseError: a signature file is for another request, or not one.
     """
     request = read_request(folder)
-    metadata, _ = parse_adapters(request.metadata, METADATA)
-    expected = hashlib.sha256(metadata.signed_bytes).hexdigest()
-    found = sorted((request.folder / SIGNATURES).glob("*.json"))
-    for path in [*found, *signatures]:
-        keyid, signature = _read_signature(path, expected)
-        metadata.signatures[keyid] = signature
-    return roles.to_bytes(metadata), read_file(request.folder / PAYLOAD)
+    return _signed(request, signatures), read_file(request.folder / PAYLOAD)
+
+
+def assemble_revocation(folder: Path, signatures: Iterable[Path] = ()) -> bytes:
+    """The signed ``adapters`` metadata of a revocation, ready to be published.
+
+    Raises:
+        ReleaseError: a signature file is for another request, or not one.
+    """
+    return _signed(read_revocation(folder), signatures)
+
+
+def read_any(folder: Path) -> ReleaseRequest | RevocationRequest:
+    """A request of either kind, checked.
+
+    Raises:
+        ReleaseError: it is not what it should be; says why.
+    """
+    folder = folder.parent if folder.name == REQUEST else folder
+    return read_revocation(folder) if is_revocation(folder) else read_request(folder)
 
 
 def signed_so_far(folder: Path) -> list[str]:
@@ -112,7 +140,7 @@ def signed_so_far(folder: Path) -> list[str]:
     Raises:
         ReleaseError: a signature file is for another request, or not one.
     """
-    request = read_request(folder)
+    request = read_any(folder)
     metadata, _ = parse_adapters(request.metadata, METADATA)
     expected = hashlib.sha256(metadata.signed_bytes).hexdigest()
     names = []
@@ -133,6 +161,16 @@ def publish(
     """
     metadata, data = assemble(folder, signatures)
     return repository.publish_release(metadata, data, now=now)
+
+
+def _signed(request: ReleaseRequest | RevocationRequest, signatures: Iterable[Path]) -> bytes:
+    metadata, _ = parse_adapters(request.metadata, METADATA)
+    expected = hashlib.sha256(metadata.signed_bytes).hexdigest()
+    found = sorted((request.folder / SIGNATURES).glob("*.json"))
+    for path in [*found, *signatures]:
+        keyid, signature = _read_signature(path, expected)
+        metadata.signatures[keyid] = signature
+    return roles.to_bytes(metadata)
 
 
 def _read_signature(path: Path, expected: str) -> tuple[str, Any]:

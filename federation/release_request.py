@@ -23,45 +23,19 @@ from tuf.api.metadata import Metadata
 from aggregation import beside, durable, payload, peft_layout
 from aggregation.adapter import Adapter
 from federation import roles
-from federation.errors import FederationError
+from federation.description import ReleaseError, ReleaseOptions, passed, statement_for
+from federation.metadata_files import parse_metadata
 from federation.provenance import read_provenance
-from federation.published import ReleaseRecord, RepositoryError, parse_metadata, read_releases
-from protos.signed import Evaluation, Lineage, ReleaseStatement, StatementError, check_channel
+from federation.published import ReleaseRecord, RepositoryError, read_releases, read_standing
+from protos.signed import (
+    StatementError,
+)
 
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
 PAYLOAD, SIGNATURES = "payload.airpeft", "signatures"
 LIVE_RELEASES = 50
 """Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
-
-
-class ReleaseError(FederationError):
-    """A request that can't be made, or must not be signed or published as it is; says why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReleaseOptions:
-    """What a person decides about a release; the rest is read from the adapter's folder.
-
-    Attributes:
-        channel: the line of releases it continues.
-        dtype: of the payload: ``bf16``, ``f32`` or ``int8``.
-        floor: from now on no device installs a lower counter; None keeps the channel's floor.
-        runtime: kinds of inference engine that can serve it.
-        notes: for people.
-        base_digest: needed for a folder that other software wrote.
-        lineage: overrides what the folder says.
-        evaluation: overrides what the folder says.
-    """
-
-    channel: str
-    dtype: payload.Dtype = "bf16"
-    floor: int | None = None
-    runtime: tuple[str, ...] = ("torch",)
-    notes: str = ""
-    base_digest: str | None = None
-    lineage: Lineage | None = None
-    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +75,8 @@ def make_request(
 
     Raises:
         ReleaseError: ``out`` exists, the metadata is not that of a repository, a field is wrong,
-            the folder holds only what personal models share, or its residual does not fit into
-            one adapter.
+            the folder holds only what personal models share, its residual does not fit into one
+            adapter, or it is worse than its parent and no reason was given.
         LayoutError: the folder is no adapter.
         PayloadError: the adapter can't be encoded.
         StorageError: the request can't be written.
@@ -113,39 +87,24 @@ def make_request(
     encoded = payload.encode(adapter, dtype=options.dtype)
     current, records = parse_adapters(adapters, "the current adapters metadata")
     try:
-        check_channel(options.channel)
-        channel = [r.statement for r in records if r.statement.channel == options.channel]
-        known = read_provenance(adapter_folder)
-        floor = max((s.floor for s in channel), default=0)
-        statement = ReleaseStatement(
-            channel=options.channel,
-            counter=max((s.counter for s in channel), default=0) + 1,
-            adapter_digest=encoded.adapter_digest,
-            spec_digest=adapter.spec.digest,
-            base_digest=adapter.spec.base_digest,
-            plain_length=encoded.plain_length,
-            runtime=options.runtime,
-            floor=floor if options.floor is None else options.floor,
-            example=known.example,
-            client=known.client,
-            lineage=options.lineage or known.lineage,
-            evaluation=options.evaluation or known.evaluation,
-            notes=options.notes,
-            made_unix=int(now.timestamp()),
-        )
+        standing = read_standing(current.signed)
+        revoked = standing.revocation(encoded.sha256)
+        if revoked is not None:
+            raise ReleaseError(
+                f"these very bytes are revoked, as {revoked.release} ({revoked.why}): no device "
+                "would install them"
+            )
+        statement = statement_for(adapter, encoded, adapter_folder, records, standing, options, now)
+        statement = passed(statement, records, standing, options.force_worse)
     except StatementError as error:
         raise ReleaseError(f"the release can't be described: {error}") from None
-    if statement.floor < floor:
-        raise ReleaseError(
-            f"floor={statement.floor} is below the channel's {floor}: a floor only rises"
-        )
     target = roles.release_target(statement, encoded.length, encoded.sha256)
     listed = [
         entry
         for record in _live(records, options.channel)
         for entry in [current.signed.targets[record.target]]
     ]
-    unsigned = roles.adapters([*listed, target], current.signed.version + 1, now)
+    unsigned = roles.adapters([*listed, target], current.signed.version + 1, now, standing)
     files = {
         METADATA: roles.to_bytes(unsigned),
         PREVIOUS: adapters,
@@ -173,6 +132,8 @@ def _whole(folder: Path, base_digest: str | None) -> Adapter:
 def read_request(folder: Path) -> ReleaseRequest:
     """A request, checked: one new release, nothing else changed, the payload is the one named.
 
+    The gate is asked again, so that a signer does not depend on whoever made the request.
+
     Args:
         folder: the request's folder, or the ``request.json`` in it.
 
@@ -191,6 +152,14 @@ def read_request(folder: Path) -> ReleaseRequest:
             f"new: {', '.join(r.name for r in new) or 'none'}; "
             f"changed: {', '.join(sorted(changed)) or 'none'}"
         )
+    try:
+        if read_standing(after.signed) != read_standing(before.signed):
+            raise ReleaseError(
+                f"{folder}: a release revokes no other; that is a request of its own"
+            )
+        passed(new[0].statement, old, read_standing(before.signed), new[0].statement.forced)
+    except StatementError as error:
+        raise ReleaseError(f"{folder}: {error}") from None
     data = read_file(folder / PAYLOAD)
     if hashlib.sha256(data).hexdigest() != new[0].sha256 or len(data) != new[0].length:
         raise ReleaseError(f"{folder / PAYLOAD} is not the payload that {METADATA} names")

@@ -41,24 +41,56 @@ def server(home: Path | None, url: str | None, token_file: Path | None) -> Opera
 
 
 def current_adapters(
-    home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
+    home: Path | None,
+    url: str | None,
+    token_file: Path | None,
+    repository: Path | None,
+    channel: str = "",
 ) -> bytes:
-    """The current ``adapters`` metadata, from a server or from a copy of its repository."""
-    from federation.repository import Repository
+    """The current metadata of a channel's role, from a server or from a copy of its repository."""
+    from federation.reading import Reading
 
     if repository is not None:
-        return Repository(repository).adapters()
+        return Reading(repository).adapters(channel)
     with server(home, url, token_file) as operator:
-        return operator.adapters()[1]
+        return operator.adapters(channel)[1]
+
+
+def offline_files(
+    home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
+) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """The files that offline keys have signed, by role, and when every file expires."""
+    from federation.reading import Reading
+
+    if repository is None and home is not None and not (home / "endpoints.json").exists():
+        repository = home / "repository"  # the server is down: its folder says the same
+    if repository is None:
+        with server(home, url, token_file) as operator:
+            return operator.offline()
+    reading = Reading(repository)
+    expiries = [
+        {"role": e.role, "version": e.version, "expires": e.expires.isoformat()}
+        for e in reading.expiries()
+    ]
+    return reading.offline(), expiries
 
 
 def known_releases(
     home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
 ) -> list[dict[str, Any]]:
     """What the adapter keys vouch for, read from the signed metadata itself."""
-    from federation.published import parse_metadata, read_releases
+    from federation.metadata_files import parse_metadata
+    from federation.published import read_releases, read_standing
     from federation.release import describe
 
-    data = current_adapters(home, url, token_file, repository)
-    metadata = parse_metadata(data, "the adapters metadata")
-    return [describe(record) for record in read_releases(metadata.signed)]
+    files, _ = offline_files(home, url, token_file, repository)
+    rows: list[dict[str, Any]] = []
+    for role in files.keys() - {"root", "targets"}:
+        signed = parse_metadata(files[role], role).signed
+        said = read_standing(signed)
+        for record in read_releases(signed):
+            revoked = said.revocation(record.sha256)
+            row = {**describe(record), "role": role, "revoked": revoked.why if revoked else ""}
+            row["channel_floor"] = said.floors.get(record.statement.channel, 0)
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row["channel"], row["counter"]))

@@ -14,11 +14,14 @@ def show_release(output: Format, data: dict[str, Any]) -> None:
         show_json("release", data)
         return
     fields = dict(data)
-    for name in ("privacy", "lineage", "evaluation"):
+    if fields.pop("more_evaluations", None) is not None:
+        fields["evaluation"] = [data["evaluation"], *data["more_evaluations"]]
+    for name in ("privacy", "lineage", "evaluation", "hardware"):
         if name in fields:
             fields[name] = _words(name, fields[name])
-    if isinstance(fields.get("runtime"), list):
-        fields["runtime"] = ", ".join(fields["runtime"])
+    for name in ("runtime", "signed_by", "critical"):
+        if isinstance(fields.get(name), list):
+            fields[name] = ", ".join(fields[name])
     if "made_unix" in fields:
         fields["made"] = day(fields.pop("made_unix"))
     show_fields({name: "-" if value in (None, "", []) else value for name, value in fields.items()})
@@ -28,10 +31,15 @@ def _words(name: str, value: Any) -> str:
     if name == "privacy":
         return epsilon(value)
     if name == "evaluation":
+        listed = value if isinstance(value, list) else [value] if value else []
         return (
-            f"{accuracy(value)} on {value['set']}, {value['examples']} examples" if value else "-"
+            "; ".join(
+                f"{accuracy(one)} on {one['set']}, {one['examples']} examples" for one in listed
+            )
+            or "-"
         )
-    return ", ".join(f"{k} {v}" for k, v in (value or {}).items() if v) or "-"
+    said = {k: ", ".join(v) if isinstance(v, list) else v for k, v in (value or {}).items()}
+    return ", ".join(f"{k} {v}" for k, v in said.items() if v) or "-"
 
 
 def epsilon(privacy: dict[str, Any]) -> str:

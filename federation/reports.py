@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from sqlalchemy.dialects import sqlite
 
 from federation import store as tables
 from federation.errors import FederationError
@@ -73,9 +72,21 @@ def check_report(one: SignedReport, device_id: str, public_key: bytes) -> Report
 
 
 def keep_report(
-    connection: sa.Connection, report: Report, signed: SignedReport, now: float
+    connection: sa.Connection,
+    report: Report,
+    signed: SignedReport,
+    now: float,
+    device: Mapping[str, Any],
 ) -> None:
-    """Store a report, and the device's last word on a rollout's release if it is one."""
+    """Store a report, and the device's last word on a rollout's release if it is one.
+
+    Args:
+        connection: in a transaction that writes.
+        report: as checked.
+        signed: as received.
+        now: Unix seconds.
+        device: its row before this report.
+    """
     row = {
         "device_id": report.device_id,
         "sequence": report.sequence,
@@ -88,16 +99,31 @@ def keep_report(
         "signature": signed.signature,
     }
     connection.execute(tables.reports.insert().values(row))
+    told = tables.outcomes
+    if report.event is DeviceEvent.HEALTH and report.health is not None:
+        mine = (told.c.device_id == report.device_id) & (told.c.release == device["running"])
+        update = told.update().where(mine & (told.c.event == DeviceEvent.COMMITTED.value))
+        connection.execute(update.values(health_after=asdict(report.health)))
     if report.event not in OUTCOMES or not report.rollout:
         return
     key = {name: row[name] for name in ("rollout", "device_id", "release")}
+    match = sa.and_(*(told.c[name] == value for name, value in key.items()))
+    before = connection.execute(sa.select(told).where(match)).mappings().first()
+    again = before is not None and before["event"] in FAILURES and report.event in FAILURES
     word = {name: row[name] for name in ("event", "reason", "received")} | {
         "detail": report.detail,
         "quality": asdict(report.quality) if report.quality else None,
         "payload_bytes": report.payload_bytes,
+        "attempts": before["attempts"] + 1 if before is not None and again else 1,
+        "health_before": before["health_before"] if before is not None else device["health"],
+        "health_after": asdict(report.health) if report.health else None,
     }
-    insert = sqlite.insert(tables.outcomes).values(key | word)
-    connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=word))
+    if before is None:
+        connection.execute(told.insert().values(key | word))
+    else:
+        if word["quality"] is None:  # a later word of the same release doesn't unmeasure it
+            word["quality"] = before["quality"]
+        connection.execute(told.update().where(match).values(word))
 
 
 def consequences(device: Mapping[str, Any], report: Report) -> dict[str, Any]:

@@ -18,29 +18,28 @@ devices, of rollouts, or of the network.
 
 from __future__ import annotations
 
-import hashlib
-import re
 import threading
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from aggregation import durable
 from federation import roles
-from federation.admission import check_adapters
-from federation.founding import first_files
+from federation.admission import check_adapters, check_standing
+from federation.commit import ABSURD, finish, half_over, next_files, write
+from federation.founding import first_files, round_file
+from federation.key_admission import check_keys, next_round
 from federation.keys import THRESHOLD, Signer
+from federation.metadata_files import load
 from federation.published import (
     Expiry,
     NotFoundError,
-    Published,
     PublishError,
     ReleaseRecord,
     RepositoryError,
-    load,
 )
-from protos.messages import MetadataBundle
-from protos.signed import ADAPTERS_ROLE, CURRENT_ROUND, ROUNDS_ROLE, RoundDocument, payload_path
+from federation.reading import Reading
+from protos.signed import ROUNDS_ROLE, Revocation, RoundDocument
 
 __all__ = [
     "Expiry",
@@ -52,10 +51,9 @@ __all__ = [
 ]
 
 OLD_VERSIONS_KEPT = 16
-_METADATA_NAME = re.compile(r"(timestamp|[0-9]{1,16}\.[a-z][a-z0-9-]{0,40})\.json\Z", re.ASCII)
 
 
-class Repository:
+class Repository(Reading):
     """A repository folder; with the online key it can be changed.
 
     Args:
@@ -68,10 +66,11 @@ class Repository:
     """
 
     def __init__(self, folder: Path, online: Signer | None = None) -> None:
-        self.folder = folder
+        if online is not None:
+            finish(folder)
+        super().__init__(folder)
         self._online = online
         self._lock = threading.RLock()
-        self._state = load(folder)
         if online is not None:
             self._state.check_online(online.public_key.keyid)
 
@@ -106,80 +105,6 @@ class Repository:
         durable.write_folder(folder, whole)
         return cls(folder, online)
 
-    # What there is
-
-    def bundle(self, after_root: int = 0) -> MetadataBundle:
-        """All that a device needs in order to decide, as it is pushed to devices.
-
-        Args:
-            after_root: leave out root versions up to this one, which the device trusts already.
-        """
-        return self._state.bundle(after_root)
-
-    def root(self) -> bytes:
-        """The first root, as signed: what a device is given at enrolment and trusts ever after."""
-        return self._state.roots[0]
-
-    def adapters(self) -> bytes:
-        """The current ``adapters`` metadata: what the next release is made from."""
-        return self._state.files[ADAPTERS_ROLE]
-
-    def releases(self) -> tuple[ReleaseRecord, ...]:
-        """Every release that the adapter keys vouch for, by channel and counter."""
-        return self._state.releases
-
-    def release(self, name: str) -> ReleaseRecord:
-        """One release by name, such as ``stable-3``.
-
-        Raises:
-            NotFoundError: there is none of that name; names those there are.
-        """
-        return self._state.release(name)
-
-    def round(self) -> RoundDocument:
-        """The round in force; sequence 0 before the first."""
-        return self._state.round
-
-    def versions(self) -> Mapping[str, int]:
-        """The current version of each role."""
-        return {expiry.role: expiry.version for expiry in self.expiries()}
-
-    def expiries(self) -> tuple[Expiry, ...]:
-        """When each role's file expires, soonest first."""
-        rows = [
-            Expiry(role, signed.version, signed.expires)
-            for role, signed in self._state.signed.items()
-        ]
-        return tuple(sorted(rows, key=lambda row: row.expires))
-
-    def locate(self, path: str) -> Path:
-        """The file behind a path of the repository, an opaque key such as devices ask for.
-
-        Raises:
-            NotFoundError: nothing that is offered; the path is never followed outside.
-        """
-        folder, _, name = path.partition("/")
-        known = path in self._state.payloads or (
-            folder == "metadata" and _METADATA_NAME.match(name) is not None
-        )
-        file = self.folder / path
-        if not known or not file.is_file():
-            raise NotFoundError(f"the repository has no file {path[:200]!r}")
-        return file
-
-    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Bytes of one file, from an offset on.
-
-        Raises:
-            NotFoundError: as for :meth:`locate`, or an offset behind the end.
-        """
-        file = self.locate(path)
-        if not 0 <= offset <= file.stat().st_size:
-            raise NotFoundError(f"{path[:200]!r} has no byte {offset}")
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            return stream.read(-1 if length is None else length)
-
     # What changes it
 
     def publish_release(self, metadata: bytes, payload: bytes, *, now: datetime) -> ReleaseRecord:
@@ -203,8 +128,75 @@ class Repository:
             incoming = check_adapters(state, metadata, payload, now)
             if incoming.repeated:
                 return incoming.record
-            self._commit(now, {ADAPTERS_ROLE: metadata}, {incoming.record.path: payload})
+            self._commit(now, {incoming.role: metadata}, {incoming.record.path: payload})
             return incoming.record
+
+    def publish_standing(self, metadata: bytes, *, now: datetime) -> tuple[Revocation, ...]:
+        """Take in revocations and floors that the adapter keys have signed.
+
+        Doing the same again changes nothing.
+
+        Args:
+            metadata: the signed file of the next version, with the same releases and a standing
+                that says more than before.
+            now: the time, with a zone.
+
+        Returns:
+            What is revoked by it.
+
+        Raises:
+            PublishError: too few good signatures, another version than the next, a new release in
+                it, or something taken back that was said before.
+            StorageError: the disk refused; nothing has changed.
+        """
+        with self._lock:
+            incoming = check_standing(self._state, metadata, now)
+            if not incoming.repeated:
+                self._commit(now, {incoming.role: metadata}, {})
+            return incoming.new
+
+    def publish_keys(
+        self,
+        files: Mapping[str, bytes],
+        *,
+        now: datetime,
+        online: Callable[[str], Signer],
+        hold: bool = False,
+    ) -> None:
+        """Take in a change of keys, signed by old and new keys as devices will ask for it.
+
+        Doing the same again changes nothing.
+
+        Args:
+            files: the signed files that change, by role.
+            now: the time, with a zone.
+            online: finds the online key by its identifier, should it be replaced.
+            hold: let every device stay as it is until the next round, whatever the current one
+                says; for a key that was in wrong hands.
+
+        Raises:
+            PublishError: see :func:`federation.key_admission.check_keys`.
+            KeyFileError: the new online key is not here.
+            StorageError: the disk refused; nothing has changed, or the change is finished when the
+                repository is opened again.
+        """
+        with self._lock:
+            state = self._state
+            incoming = check_keys(state, files, now)
+            if incoming.repeated:
+                return
+            if self._online is None or self._online.public_key.keyid != incoming.online:
+                self._online = online(incoming.online)
+            changed = {role: data for role, data in files.items() if role != "root"}
+            payloads: dict[str, bytes] = {}
+            if incoming.new_online or hold:
+                document = next_round(state.round, hold=hold)
+                number = state.signed[ROUNDS_ROLE].version + 1
+                number = 1 if incoming.new_online and number > ABSURD else number
+                signed = roles.rounds(document, number, now, self._key())
+                changed[ROUNDS_ROLE] = roles.to_bytes(signed)
+                payloads = round_file(document)
+            self._commit(now, changed, payloads, root=files.get("root"), anew=incoming.new_online)
 
     def publish_round(self, document: RoundDocument, *, now: datetime) -> RoundDocument:
         """Order a round: sign the document with the online key and make it current.
@@ -232,9 +224,7 @@ class Repository:
                 state.check_assignment(assignment)
             version = state.signed[ROUNDS_ROLE].version + 1
             signed = roles.to_bytes(roles.rounds(document, version, now, self._key()))
-            content = roles.round_bytes(document)
-            path = payload_path(CURRENT_ROUND, hashlib.sha256(content).hexdigest())
-            self._commit(now, {ROUNDS_ROLE: signed}, {path: content})
+            self._commit(now, {ROUNDS_ROLE: signed}, round_file(document))
             return document
 
     def refresh_timestamp(self, now: datetime) -> None:
@@ -247,36 +237,25 @@ class Repository:
         """
         with self._lock:
             state, changed = self._state, {}
-            if _half_over(state, ROUNDS_ROLE, now):
+            if half_over(state, ROUNDS_ROLE, now):
                 version = state.signed[ROUNDS_ROLE].version + 1
                 again = roles.rounds(state.round, version, now, self._key())
                 changed[ROUNDS_ROLE] = roles.to_bytes(again)
             self._commit(now, changed, {})
 
     def _commit(
-        self, now: datetime, changed: Mapping[str, bytes], payloads: Mapping[str, bytes]
+        self,
+        now: datetime,
+        changed: Mapping[str, bytes],
+        payloads: Mapping[str, bytes],
+        *,
+        root: bytes | None = None,
+        anew: bool = False,
     ) -> None:
         """Payloads, roles, snapshot, and last of all the timestamp that makes them current."""
-        online, state = self._key(), self._state
-        version = {role: signed.version for role, signed in state.signed.items()}
-        new: dict[str, bytes] = {f"{version[r] + 1}.{r}.json": data for r, data in changed.items()}
-        snapshot, number = state.files["snapshot"], version["snapshot"]
-        if changed or _half_over(state, "snapshot", now):
-            number += 1
-            covered = {
-                role: (version[role] + (role in changed), changed.get(role, state.files[role]))
-                for role in ("targets", ADAPTERS_ROLE, ROUNDS_ROLE)
-            }
-            snapshot = roles.to_bytes(roles.snapshot(covered, number, now, online))
-            new[f"{number}.snapshot.json"] = snapshot
-        new["timestamp.json"] = roles.to_bytes(
-            roles.timestamp(number, snapshot, version["timestamp"] + 1, now, online)
-        )
+        new = next_files(self._state, changed, now=now, online=self._key(), root=root, anew=anew)
         try:
-            for path, data in payloads.items():
-                durable.write_bytes(self.folder / path, data)
-            for name, data in new.items():
-                durable.write_bytes(self.folder / "metadata" / name, data)
+            write(self.folder, payloads, new)
         finally:
             # The disk says what is current, also when the last write failed after its rename.
             self._state = load(self.folder)
@@ -284,7 +263,7 @@ class Repository:
 
     def _prune(self) -> None:
         """Remove long superseded files; roots stay, for each one is a link of a chain."""
-        for role in ("snapshot", ADAPTERS_ROLE, ROUNDS_ROLE):
+        for role in ("snapshot", *self._state.adapter_roles, ROUNDS_ROLE):
             old = self._state.signed[role].version - OLD_VERSIONS_KEPT
             if old >= 1:
                 (self.folder / "metadata" / f"{old}.{role}.json").unlink(missing_ok=True)
@@ -293,8 +272,3 @@ class Repository:
         if self._online is None:
             raise RepositoryError(f"{self.folder} was opened for reading: no online key was given")
         return self._online
-
-
-def _half_over(state: Published, role: str, now: datetime) -> bool:
-    remaining: timedelta = state.signed[role].expires - roles.in_seconds(now)
-    return remaining < roles.LIFETIME[role] / 2

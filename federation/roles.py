@@ -36,8 +36,10 @@ from protos.signed import (
     CURRENT_ROUND,
     ROUNDS_ROLE,
     SIGNED_UNIX,
+    STANDING,
     ReleaseStatement,
     RoundDocument,
+    Standing,
 )
 
 LIFETIME: Mapping[str, timedelta] = {
@@ -48,10 +50,16 @@ LIFETIME: Mapping[str, timedelta] = {
     "targets": timedelta(days=180),
     "root": timedelta(days=365),
 }
+"""How long each role's file is believed; further roles of adapters live as long as ``adapters``."""
 AnyMetadata = Metadata[Root] | Metadata[Targets] | Metadata[Snapshot] | Metadata[Timestamp]
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 ADAPTER_PATHS = ["adapters/*/*"]
 ROUND_PATHS = ["rounds/*"]
+
+
+def lifetime(role: str) -> timedelta:
+    """How long a file of this role is believed."""
+    return LIFETIME.get(role, LIFETIME[ADAPTERS_ROLE])
 
 
 def in_seconds(now: datetime) -> datetime:
@@ -69,7 +77,7 @@ def dated(signed: Signed, role: str, version: int, now: datetime) -> None:
     """Give a new version its number, the time it was made and its expiry."""
     moment = in_seconds(now)
     signed.version = version
-    signed.expires = moment + LIFETIME[role]
+    signed.expires = moment + lifetime(role)
     signed.unrecognized_fields[SIGNED_UNIX] = int(moment.timestamp())
 
 
@@ -128,10 +136,15 @@ def targets(
     return sign(Metadata(signed), root_keys)
 
 
-def adapters(listed: Iterable[TargetFile], version: int, now: datetime) -> Metadata[Targets]:
-    """An unsigned ``adapters`` file that lists these releases."""
+def adapters(
+    listed: Iterable[TargetFile], version: int, now: datetime, standing: Standing | None = None
+) -> Metadata[Targets]:
+    """An unsigned ``adapters`` file that lists these releases, and says this of older ones."""
     signed = Targets(targets={target.path: target for target in listed})
     dated(signed, ADAPTERS_ROLE, version, now)
+    said = standing.to_field() if standing is not None else None
+    if said is not None:
+        signed.unrecognized_fields[STANDING] = said
     return Metadata(signed)
 
 

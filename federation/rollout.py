@@ -4,147 +4,63 @@ No clock, no database, no network. :mod:`federation.ticker` stores what comes ou
 
 Transitions (``decide`` on the left of a comma, an operator's verb on the right)::
 
-    from          to            when
-    ------------  ------------  ------------------------------------------------------------------
-    draft         running       start: round for the first wave
-    running       running       wave settled and baked: round for the next wave
-    running       done          last wave settled and baked
-    running       paused        pause; or the wave settled and nobody at all has committed
-    paused        running       resume: the wave's deadline starts anew
-    running       halted        more failures than allowed, or worse by more than the tolerance
-    paused        halted        likewise: a pause stops the advance, never the brake
-    halted        rolling_back  always, next: round that takes everybody to the previous release
-    running       rolling_back  rollback
-    paused        rolling_back  rollback
-    done          rolling_back  rollback
-    rolling_back  rolled_back   nobody runs the release any more, or the deadline has passed
-    draft         aborted       abort
-    running       aborted       abort: round without assignments, everybody stays as it is
-    paused        aborted       abort: likewise
+    from               to                 when
+    -----------------  -----------------  ------------------------------------------------------
+    draft              running            start: round for the first wave
+    running            running            wave settled well and baked: round for the next wave
+    running            awaiting_approval  likewise, if the next needs a second operator
+    awaiting_approval  running            approve, by another operator than the one who started
+    running            done               last wave settled well and baked
+    running            paused             pause; the wave settled and is no success; or it is one
+                                          and the policy pauses then
+    paused             running            resume: the wave's deadline starts anew, or, after a
+                                          success, the next wave begins
+    under way          halted             failures, health or quality beyond the policy's bounds
+    halted             rolling_back       always, next: round that takes all to the release before
+    under way, done    rolling_back       rollback
+    rolling_back       rolled_back        nobody runs the release any more, or the deadline passed
+    draft, under way   aborted            abort: round without assignments, everybody stays
 
+"Under way" is running, paused and awaiting approval: a pause stops the advance, never the brake.
 ``rolled_back`` and ``aborted`` are final; a round that rolls back stays in force, so that a device
 which was away comes back to the previous release too.
 
-A device *settles* when it commits, fails, or is silent for longer than the policy's deadline; so no
-device can block a wave for ever. Devices whose certificate is revoked are not among the
-observations and count for nothing.
+A device *settles* when it commits, fails more often than its class of failure may try again, or is
+silent for longer than the policy's deadline; so no device can block a wave for ever. Devices whose
+certificate is revoked are not among the observations and count for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from federation.orders import Assignment, Observation, Orders, Target
-from federation.policy import Policy
-from federation.waves import RolloutError, Wave, check_waves, choose_salt, reach
+from federation.judging import reason_to_halt, reason_to_hold, still_out
+from federation.orders import Observation, Orders
+from federation.policy import OnSuccess
+from federation.rollout_nouns import (
+    ACTIVE,
+    ALLOWED,
+    HALF,
+    UNDER_WAY,
+    Decision,
+    Rollout,
+    State,
+    Verb,
+)
+from federation.waves import RolloutError, choose_salt, pick, reach, reach_of
 from protos.messages import BUCKETS, bucket
 
-
-class State(StrEnum):
-    """Where a rollout stands; see the table in the module's docstring."""
-
-    DRAFT = "draft"
-    RUNNING = "running"
-    PAUSED = "paused"
-    HALTED = "halted"
-    ROLLING_BACK = "rolling_back"
-    ROLLED_BACK = "rolled_back"
-    DONE = "done"
-    ABORTED = "aborted"
-
-
-ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.HALTED, State.ROLLING_BACK})
-
-
-class Verb(StrEnum):
-    """What an operator may ask of a rollout."""
-
-    START = "start"
-    PAUSE = "pause"
-    RESUME = "resume"
-    ABORT = "abort"
-    ROLLBACK = "rollback"
-
-
-ALLOWED: Mapping[Verb, frozenset[State]] = {
-    Verb.START: frozenset({State.DRAFT}),
-    Verb.PAUSE: frozenset({State.RUNNING}),
-    Verb.RESUME: frozenset({State.PAUSED}),
-    Verb.ABORT: frozenset({State.DRAFT, State.RUNNING, State.PAUSED}),
-    Verb.ROLLBACK: frozenset({State.RUNNING, State.PAUSED, State.DONE}),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One release on its way to the fleet. Times are Unix seconds.
-
-    Attributes:
-        wave: index of the current wave; -1 before the start.
-        basis_points: how far the release reaches now; never shrinks while it runs.
-        wave_began: start of the current wave, or of the roll-back.
-        settled_at: since when every device of the wave has settled.
-    """
-
-    id: str
-    release: Target
-    previous: Target
-    waves: tuple[Wave, ...]
-    policy: Policy = field(default_factory=Policy)
-    salt: str = ""
-    state: State = State.DRAFT
-    wave: int = -1
-    basis_points: int = 0
-    wave_began: float = 0.0
-    settled_at: float | None = None
-    why: str = ""
-
-    def __post_init__(self) -> None:
-        check_waves(self.waves)
-        if not self.release.path:
-            raise RolloutError(f"rollout {self.id}: no release given")
-        if self.release == self.previous:
-            raise RolloutError(
-                f"rollout {self.id}: the fleet already has {self.release.release}; choose another"
-            )
-
-    def includes(self, device_id: str) -> bool:
-        """Whether the release may reach this device by now."""
-        return bucket(self.salt, device_id) < self.basis_points
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain JSON values, as :meth:`from_mapping` reads them."""
-        return {**asdict(self), "waves": [str(wave) for wave in self.waves]}
-
-    @classmethod
-    def from_mapping(cls, fields: Mapping[str, Any]) -> Rollout:
-        """The rollout that :meth:`to_mapping` wrote."""
-        return cls(
-            **{
-                **fields,
-                "release": Target(**fields["release"]),
-                "previous": Target(**fields["previous"]),
-                "waves": tuple(Wave.parse(wave) for wave in fields["waves"]),
-                "policy": Policy(**fields["policy"]),
-                "state": State(fields["state"]),
-            }
-        )
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The rollout as it now stands, what to tell the fleet (or nothing), and a line for the log."""
-
-    rollout: Rollout
-    orders: Orders | None = None
-    line: str = ""
+__all__ = ["ACTIVE", "ALLOWED", "Decision", "Rollout", "State", "Verb", "act", "decide", "widen"]
 
 
 def act(
-    rollout: Rollout, verb: Verb, observations: Sequence[Observation], now: float, why: str = ""
+    rollout: Rollout,
+    verb: Verb,
+    observations: Sequence[Observation],
+    now: float,
+    why: str = "",
+    who: str = "",
 ) -> Decision:
     """Do what an operator asks.
 
@@ -154,9 +70,11 @@ def act(
         observations: one for each active device.
         now: Unix seconds.
         why: the operator's words, for the round and the log.
+        who: the operator's name; starting and approving take two.
 
     Raises:
-        RolloutError: the state doesn't allow it, or nobody is enrolled to start with.
+        RolloutError: the state doesn't allow it, nobody is enrolled to start with, or the operator
+            who started it wants to approve it as well.
     """
     if rollout.state not in ALLOWED[verb]:
         allowed = ", ".join(sorted(ALLOWED[verb]))
@@ -165,17 +83,22 @@ def act(
         )
     why = why or f"operator: {verb}"
     if verb is Verb.START:
-        if not observations:
+        return _start(rollout, observations, now, why, who)
+    if verb is Verb.APPROVE:
+        if not who or who == rollout.started_by:
             raise RolloutError(
-                f"cannot start rollout {rollout.id}: no device is enrolled; see: airpeft fleet list"
+                f"rollout {rollout.id} was started by {rollout.started_by or 'nobody known'}:"
+                " another operator must approve it"
             )
-        salt = choose_salt(rollout.id, rollout.waves, [one.device_id for one in observations])
-        return _next_wave(replace(rollout, salt=salt), observations, now, why)
+        approved = replace(rollout, approved_by=who, cleared=rollout.wave)
+        return _to(approved, State.RUNNING, f"approved by {who}: {why}")
     if verb is Verb.PAUSE:
         return _to(rollout, State.PAUSED, why)
     if verb is Verb.RESUME:
-        resumed = replace(rollout, wave_began=now, settled_at=None)
-        return _to(resumed, State.RUNNING, why)
+        if rollout.held:
+            passed = replace(rollout, held=False, cleared=rollout.wave)
+            return _to(passed, State.RUNNING, why)
+        return _to(replace(rollout, wave_began=now, settled_at=None), State.RUNNING, why)
     if verb is Verb.ABORT:
         orders = None
         if rollout.state is not State.DRAFT:
@@ -192,8 +115,10 @@ def decide(rollout: Rollout, observations: Sequence[Observation], now: float) ->
         observations: one for each active device.
         now: Unix seconds.
     """
-    if rollout.state in (State.RUNNING, State.PAUSED):
-        reason = _reason_to_halt(rollout, observations)
+    if rollout.state in UNDER_WAY:
+        arms = _arms(rollout, observations)
+        reached = [sum(rollout.includes(one.device_id) for one in arm) for arm in arms]
+        reason = reason_to_halt(rollout.policy, arms, reached)
         if reason:
             return _to(rollout, State.HALTED, reason)
     if rollout.state is State.RUNNING:
@@ -201,7 +126,8 @@ def decide(rollout: Rollout, observations: Sequence[Observation], now: float) ->
     if rollout.state is State.HALTED:
         return _roll_back(rollout, now, rollout.why)
     if rollout.state is State.ROLLING_BACK:
-        left = [one.device_id for one in observations if one.running == rollout.release.release]
+        names = {target.release for target in rollout.targets}
+        left = [one.device_id for one in observations if one.running in names]
         late = now - rollout.wave_began >= rollout.policy.deadline_seconds
         if not left or late:
             missing = f"; {len(left)} devices have not answered yet" if left else ""
@@ -209,77 +135,104 @@ def decide(rollout: Rollout, observations: Sequence[Observation], now: float) ->
     return Decision(rollout)
 
 
-def _reason_to_halt(rollout: Rollout, observations: Sequence[Observation]) -> str:
-    failed = [one for one in observations if one.failed]
-    if len(failed) > rollout.policy.max_failures:
-        reasons = sorted({str(one.reason or one.outcome) for one in failed})
-        allowed = rollout.policy.max_failures
-        return f"{len(failed)} devices failed ({', '.join(reasons)}), {allowed} allowed"
-    changes = [
-        one.quality.accuracy_after - one.quality.accuracy_before
-        for one in observations
-        if one.outcome is not None and one.quality is not None and one.quality.examples > 0
-    ]
-    if changes:
-        mean = sum(changes) / len(changes)
-        if mean < -rollout.policy.quality_tolerance:
-            return (
-                f"mean accuracy change {mean:+.4f} on {len(changes)} devices, at worst"
-                f" {-rollout.policy.quality_tolerance:+.4f} allowed"
-            )
-    return ""
+def widen(rollout: Rollout, observations: Sequence[Observation]) -> Rollout:
+    """The rollout with its next wave's reach; nobody who was reached is left out.
+
+    Args:
+        rollout: with its salt.
+        observations: one for each active device.
+    """
+    index = rollout.wave + 1
+    wave = rollout.waves[index]
+    names = [one.device_id for one in observations]
+    further = replace(rollout, wave=index)
+    if wave.where is not None:
+        matching = [one.device_id for one in observations if wave.where.matches(one.facts)]
+        picked = {*rollout.members, *pick(wave, matching, rollout.salt)}
+        return replace(further, members=tuple(sorted(picked)))
+    points, other = rollout.halves
+    if rollout.other is None:
+        points = reach(wave, names, rollout.salt)
+    elif not wave.everybody:
+        size = wave.size(len(names))
+        lower = [name for name in names if rollout.arm(name) == 0]
+        upper = sorted(bucket(rollout.salt, name) for name in names if rollout.arm(name) == 1)
+        points = reach_of(min((size + 1) // 2, len(lower)), lower, rollout.salt)
+        other = BUCKETS - upper[-min(size // 2, len(upper))] if upper and size > 1 else 0
+    return replace(
+        further,
+        basis_points=max(points, rollout.basis_points),
+        other_points=max(other, rollout.other_points),
+    )
+
+
+def _start(
+    rollout: Rollout, observations: Sequence[Observation], now: float, why: str, who: str
+) -> Decision:
+    if not observations:
+        raise RolloutError(
+            f"cannot start rollout {rollout.id}: no device is enrolled; see: airpeft fleet list"
+        )
+    names = [one.device_id for one in observations]
+    at = HALF if rollout.other is not None else None
+    salt = choose_salt(rollout.id, rollout.waves, names, balanced_at=at)
+    return _next_wave(replace(rollout, salt=salt, started_by=who), observations, now, why)
+
+
+def _arms(rollout: Rollout, observations: Sequence[Observation]) -> list[list[Observation]]:
+    arms: list[list[Observation]] = [[] for _ in rollout.targets]
+    for one in observations:
+        arms[rollout.arm(one.device_id)].append(one)
+    return arms
 
 
 def _go_on(rollout: Rollout, observations: Sequence[Observation], now: float) -> Decision:
-    waiting = [
-        one
-        for one in observations
-        if rollout.includes(one.device_id) and not one.committed and not one.failed
-    ]
-    late = now - rollout.wave_began >= rollout.policy.deadline_seconds
-    if waiting and not late:
+    policy = rollout.policy
+    reached = [one for one in observations if rollout.includes(one.device_id)]
+    waiting = still_out(policy, reached)
+    if waiting and now - rollout.wave_began < policy.patience:
         # A device enrolled during the bake belongs to the wave as well.
         return Decision(replace(rollout, settled_at=None))
-    if not any(one.committed for one in observations):
-        return _to(rollout, State.PAUSED, f"nobody in wave {rollout.wave + 1} runs the release")
+    name = f"wave {rollout.wave + 1}"
+    shortfall = reason_to_hold(policy, _arms(rollout, reached))
+    if shortfall:
+        return _to(replace(rollout, held=False), State.PAUSED, f"{name}: {shortfall}")
     if rollout.settled_at is None:
-        settled = replace(rollout, settled_at=now)
-        if rollout.policy.bake_seconds > 0:
+        rollout = replace(rollout, settled_at=now)
+        if policy.bake_seconds > 0:
             silent = f", {len(waiting)} silent" if waiting else ""
-            return Decision(settled, line=f"wave {rollout.wave + 1} settled{silent}; baking")
-        rollout = settled
-    elif now - rollout.settled_at < rollout.policy.bake_seconds:
+            return Decision(rollout, line=f"{name} settled{silent}; baking")
+    elif now - rollout.settled_at < policy.bake_seconds:
         return Decision(rollout)
     if rollout.wave + 1 == len(rollout.waves):
         return _to(rollout, State.DONE, "every wave has settled")
+    if policy.two_person and not rollout.approved_by:
+        return _to(rollout, State.AWAITING_APPROVAL, f"{name} went well; a second operator decides")
+    if policy.on_success is OnSuccess.PAUSE and rollout.cleared < rollout.wave:
+        held = replace(rollout, held=True)
+        return _to(held, State.PAUSED, f"{name} went well; resume begins the next")
     return _next_wave(rollout, observations, now, "the wave before has settled")
 
 
 def _next_wave(
     rollout: Rollout, observations: Sequence[Observation], now: float, why: str
 ) -> Decision:
-    wave = rollout.waves[rollout.wave + 1]
-    points = reach(wave, [one.device_id for one in observations], rollout.salt)
     further = replace(
-        rollout,
+        widen(rollout, observations),
         state=State.RUNNING,
-        wave=rollout.wave + 1,
-        basis_points=max(points, rollout.basis_points),
         wave_began=now,
         settled_at=None,
         why=why,
     )
+    wave = further.waves[further.wave]
     name = f"wave {further.wave + 1} of {len(further.waves)} ({wave})"
-    assignments = [Assignment(further.basis_points, further.release)]
-    if further.basis_points < BUCKETS:
-        assignments.append(Assignment(BUCKETS, further.previous))
-    orders = Orders(further.salt, tuple(assignments), f"{name}: {why}")
-    return Decision(further, orders, f"{rollout.state} -> running: {name}: {why}")
+    line = f"{rollout.state} -> running: {name}: {why}"
+    return Decision(further, further.orders(f"{name}: {why}"), line)
 
 
 def _roll_back(rollout: Rollout, now: float, why: str) -> Decision:
     returning = replace(rollout, wave_began=now, settled_at=None)
-    orders = Orders(rollout.salt, (Assignment(BUCKETS, rollout.previous),), f"rolled back: {why}")
+    orders = rollout.orders_back(f"rolled back: {why}")
     return _to(returning, State.ROLLING_BACK, why, orders)
 
 

@@ -24,14 +24,16 @@ from typing import Any
 import uvicorn
 
 from aggregation import durable
-from federation.api import Desk, make_app
+from federation.api import make_app
 from federation.authority import Authority, open_authority, server_tls
 from federation.broadcast import ENROLMENT, FLEET, EnrolmentService, Feed, FleetService
 from federation.chunks import ChunkCache
+from federation.desk import Desk
 from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, ServerError, last_ports, open_repository, take_home
 from federation.fleet import Fleet
 from federation.metrics import Metrics
+from federation.online_keys import online_signer
 from federation.operators import ensure_admin, renew_admin
 from federation.repository import Repository
 from federation.store import Store
@@ -181,6 +183,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         metrics=parts.metrics,
         endpoints=lambda: endpoints,
         wake=wake,
+        online_key=lambda keyid: online_signer(config.home, keyid, config.passphrases.online),
     )
     api_port = await _serve_api(config, desk, last.get("api", 0), stack)
     ticking = asyncio.create_task(_tick(ticker, poke, config.tick_seconds))

@@ -4,7 +4,8 @@ SQLAlchemy Core; SQLite by default (one file, write-ahead log, ``synchronous=FUL
 committed survives a power cut). Every write runs in one immediate transaction, so that a kill
 leaves it wholly there or not at all, and two writers wait for one another instead of failing.
 
-The ``audit`` table only grows: triggers refuse to change or delete a line.
+The ``audit`` table only grows: triggers refuse to change or delete a line, and each line carries a
+digest over all before it (:mod:`federation.audit`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aggregation.durable import StorageError
+from federation.audit import GENESIS, Line, Verdict, digest_of, verify
 from federation.errors import FederationError
 from federation.migrations import HEAD
 
@@ -77,6 +79,9 @@ outcomes = sa.Table(  # a device's last word on a release in a rollout; reports 
     sa.Column("quality", sa.JSON),
     sa.Column("payload_bytes", sa.BigInteger, nullable=False),
     sa.Column("received", sa.Float, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="1"),  # that failed
+    sa.Column("health_before", sa.JSON),
+    sa.Column("health_after", sa.JSON),
 )
 rollouts = sa.Table(
     "rollouts",
@@ -106,6 +111,7 @@ audit = sa.Table(
     sa.Column("action", sa.String(64), nullable=False),
     sa.Column("subject", sa.String(200), nullable=False),
     sa.Column("why", sa.Text, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False, server_default=""),  # federation.audit
 )
 
 operators = sa.Table(
@@ -114,6 +120,8 @@ operators = sa.Table(
     sa.Column("name", sa.String(100), primary_key=True),
     sa.Column("digest", sa.String(64), nullable=False, unique=True),  # SHA-256 of the token, hex
     sa.Column("created", sa.Float, nullable=False),
+    sa.Column("role", sa.String(16), nullable=False, server_default="admin"),
+    sa.Column("revoked", sa.Float),
 )
 
 _WRITE = "airpeft_write"
@@ -179,14 +187,28 @@ class Store:
 
     def log(self, connection: sa.Connection, who: str, action: str, subject: str, why: str) -> None:
         """Add a line to the audit log, in the transaction of what it tells of."""
-        line = {"at": self.clock(), "who": who, "action": action, "subject": subject, "why": why}
-        connection.execute(audit.insert().values(line))
+        newest = sa.select(audit.c.number, audit.c.digest).order_by(audit.c.number.desc()).limit(1)
+        last = connection.execute(newest).first()
+        number, previous = (last.number, last.digest) if last else (0, GENESIS)
+        fields = (number + 1, self.clock(), who, action, subject, why)
+        line = Line(*fields, digest_of(previous, *fields))
+        connection.execute(audit.insert().values(line._asdict()))
 
     def audit(self, limit: int = 200) -> list[dict[str, Any]]:
         """The newest lines of the audit log, newest first."""
         query = sa.select(audit).order_by(audit.c.number.desc()).limit(limit)
         with self.read() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+    def verify_audit(self, head: str | None = None) -> Verdict:
+        """Whether the audit log is what was written, from its first line on.
+
+        Args:
+            head: a digest that was noted before and must still be part of it.
+        """
+        query = sa.select(*(audit.c[name] for name in Line._fields)).order_by(audit.c.number)
+        with self.read() as connection:
+            return verify((Line(*row) for row in connection.execute(query)), head)
 
     def close(self) -> None:
         """Close all connections."""

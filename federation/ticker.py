@@ -13,20 +13,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import sqlalchemy as sa
 
 from aggregation.durable import StorageError
+from federation import rollout_book as book
 from federation import store as tables
 from federation.fleet import Fleet
-from federation.orders import BASE, Orders, Target
+from federation.orders import Orders, Target
+from federation.planning import Preview, preview
 from federation.policy import Policy
 from federation.repository import PublishError, Repository
 from federation.roles import LIFETIME
-from federation.rollout import ACTIVE, Decision, Rollout, State, Verb, act, decide
+from federation.rollout import ACTIVE, Decision, Rollout, Verb, act, decide
+from federation.rollout_book import RolloutRecord
 from federation.store import Store
 from federation.waves import RolloutError, Wave
 
@@ -34,19 +36,6 @@ REASON_MAX = 500  # characters of an operator's words
 STEPS_MAX = 16  # of one rollout in one tick; the longest chain is shorter
 
 log = logging.getLogger("airpeft.federation.ticker")
-
-
-class NoRolloutError(RolloutError):
-    """No rollout of that name."""
-
-
-@dataclass(frozen=True)
-class RolloutRecord:
-    """A rollout as stored. Times are Unix seconds."""
-
-    rollout: Rollout
-    created: float
-    updated: float
 
 
 class Ticker:
@@ -72,7 +61,14 @@ class Ticker:
         self.trouble = ""  # why the last round could not be published; empty when all is well
 
     def create(
-        self, release: str, waves: Sequence[Wave], policy: Policy, *, who: str, why: str = ""
+        self,
+        release: str,
+        waves: Sequence[Wave],
+        policy: Policy,
+        *,
+        who: str,
+        why: str = "",
+        other: str | None = None,
     ) -> Rollout:
         """Draft a rollout.
 
@@ -82,30 +78,68 @@ class Ticker:
             policy: when to go on and when to stop.
             who: the operator, for the audit log.
             why: their words.
+            other: name of another one that it is compared with; None for a plain rollout.
+
+        Raises:
+            NotFoundError: no such release.
+            PublishError: it is revoked, or below its channel's floor.
+            RolloutError: an impossible plan, or the fleet has this release already.
+        """
+        with self._lock, self._store.write() as connection:
+            rollout = self._draft(connection, release, waves, policy, other)
+            now = self._store.clock()
+            row = {"id": rollout.id, "created": now, **book.row_of(rollout, now)}
+            connection.execute(tables.rollouts.insert().values(row))
+            against = f" against {other}" if other else ""
+            words = f"release {release}{against}; {why}" if why else f"release {release}{against}"
+            self._store.log(connection, who, "draft", rollout.id, words)
+        return rollout
+
+    def preview(
+        self, release: str, waves: Sequence[Wave], policy: Policy, *, other: str | None = None
+    ) -> Preview:
+        """What a rollout would do to how many devices; nothing changes.
 
         Raises:
             NotFoundError: no such release.
             RolloutError: an impossible plan, or the fleet has this release already.
         """
-        record = self._repository.release(release)
-        target = Target(record.name, record.target, record.sha256)
-        with self._lock, self._store.write() as connection:
-            newest = connection.execute(sa.select(sa.func.max(tables.rollouts.c.number))).scalar()
-            rollout = Rollout(
-                id=f"r-{(newest or 0) + 1}",
-                release=target,
-                previous=_baseline(connection),
-                waves=tuple(waves),
-                policy=policy,
-            )
-            now = self._store.clock()
-            row = {"id": rollout.id, "created": now, **_row(rollout, now)}
-            connection.execute(tables.rollouts.insert().values(row))
-            self._store.log(connection, who, "draft", rollout.id, why or f"release {release}")
-        return rollout
+        with self._store.read() as connection:
+            rollout = self._draft(connection, release, waves, policy, other)
+        fits = [self._repository.release(one.release) for one in rollout.targets]
+        return preview(rollout, self._fleet.observations(rollout), fits)
+
+    def _draft(
+        self,
+        connection: sa.Connection,
+        release: str,
+        waves: Sequence[Wave],
+        policy: Policy,
+        other: str | None,
+    ) -> Rollout:
+        return Rollout(
+            id=book.next_id(connection),
+            release=self._target(release),
+            other=self._target(other) if other is not None else None,
+            previous=book.baseline(connection),
+            waves=tuple(waves),
+            policy=policy,
+        )
+
+    def _target(self, name: str) -> Target:
+        record = self._repository.release(name)
+        self._repository.check_orderable(record)
+        return Target(record.name, record.target, record.sha256)
 
     def start(
-        self, release: str, waves: Sequence[Wave], policy: Policy, *, who: str, why: str = ""
+        self,
+        release: str,
+        waves: Sequence[Wave],
+        policy: Policy,
+        *,
+        who: str,
+        why: str = "",
+        other: str | None = None,
     ) -> Rollout:
         """Draft a rollout and start it; one that cannot start is aborted at once.
 
@@ -115,7 +149,7 @@ class Ticker:
         """
         with self._lock:
             self._check_governs(None)
-            draft = self.create(release, waves, policy, who=who, why=why)
+            draft = self.create(release, waves, policy, who=who, why=why, other=other)
             try:
                 return self.act(draft.id, Verb.START, who=who, why=why)
             except RolloutError as error:
@@ -136,9 +170,9 @@ class Ticker:
                 self._check_governs(rollout)
             if verb is Verb.START:
                 with self._store.read() as connection:
-                    rollout = replace(rollout, previous=_baseline(connection))
+                    rollout = replace(rollout, previous=book.baseline(connection))
             observations = self._fleet.observations(rollout)
-            decision = act(rollout, verb, observations, self._store.clock(), why)
+            decision = act(rollout, verb, observations, self._store.clock(), why, who)
             self._apply(decision, who, verb.value)
             self._publish()
         return decision.rollout
@@ -158,11 +192,7 @@ class Ticker:
 
     def records(self, *, active: bool = False) -> list[RolloutRecord]:
         """All rollouts, newest first; or only those under way."""
-        query = sa.select(tables.rollouts).order_by(tables.rollouts.c.number.desc())
-        if active:
-            query = query.where(tables.rollouts.c.state.in_([state.value for state in ACTIVE]))
-        with self._store.read() as connection:
-            return [_record(row) for row in connection.execute(query)]
+        return book.records(self._store, active=active)
 
     def record(self, rollout_id: str) -> RolloutRecord:
         """One rollout.
@@ -170,12 +200,7 @@ class Ticker:
         Raises:
             NoRolloutError: no such rollout.
         """
-        query = sa.select(tables.rollouts).where(tables.rollouts.c.id == rollout_id)
-        with self._store.read() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            raise NoRolloutError(f"no rollout {rollout_id!r}; see: airpeft rollout status")
-        return _record(row)
+        return book.record(self._store, rollout_id)
 
     def _advance(self, rollout: Rollout) -> None:
         for _ in range(STEPS_MAX):
@@ -209,7 +234,7 @@ class Ticker:
         rollout, now = decision.rollout, self._store.clock()
         with self._store.write() as connection:
             update = tables.rollouts.update().where(tables.rollouts.c.id == rollout.id)
-            connection.execute(update.values(_row(rollout, now)))
+            connection.execute(update.values(book.row_of(rollout, now)))
             if decision.orders is not None:
                 known = connection.execute(sa.select(sa.func.max(tables.rounds.c.sequence)))
                 sequence = max(known.scalar() or 0, self._repository.round().sequence) + 1
@@ -264,23 +289,3 @@ class Ticker:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._store.clock(), UTC)
-
-
-def _baseline(connection: sa.Connection) -> Target:
-    """The release that the fleet has when nothing is under way."""
-    query = sa.select(tables.rollouts.c.body).order_by(tables.rollouts.c.number.desc())
-    for (body,) in connection.execute(query):
-        rollout = Rollout.from_mapping(body)
-        if rollout.state is State.DONE:
-            return rollout.release
-        if rollout.state is not State.DRAFT and rollout.wave >= 0:
-            return rollout.previous
-    return BASE
-
-
-def _row(rollout: Rollout, now: float) -> dict[str, Any]:
-    return {"state": rollout.state.value, "updated": now, "body": rollout.to_mapping()}
-
-
-def _record(row: Any) -> RolloutRecord:
-    return RolloutRecord(Rollout.from_mapping(row.body), row.created, row.updated)

@@ -15,18 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from federation.keys import key_name
-from federation.published import Published, ReleaseRecord, RepositoryError, load
+from federation.metadata_files import load, without_revoked
+from federation.published import Published, ReleaseRecord, RepositoryError
 from federation.roles import in_seconds
-from protos.signed import ADAPTERS_ROLE, ROUNDS_ROLE, SIGNED_UNIX, RoundDocument
+from protos.signed import ROUNDS_ROLE, SIGNED_UNIX, RoundDocument
 
-DELEGATOR = {
-    "root": "root",
-    "timestamp": "root",
-    "snapshot": "root",
-    "targets": "root",
-    ADAPTERS_ROLE: "targets",
-    ROUNDS_ROLE: "targets",
-}
+TOP_LEVEL = ("root", "timestamp", "snapshot", "targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +48,21 @@ class RoleSeal:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedRelease:
-    """One release; ``payload`` is ``good``, ``missing`` or ``wrong``."""
+    """One release.
+
+    Attributes:
+        record: what is signed of it.
+        payload: ``good``, ``missing`` or ``wrong``.
+        role: the role whose file lists it.
+        signed_by: names of the keys whose good signatures are under that file.
+        revoked: why it is revoked; empty if it is not.
+    """
 
     record: ReleaseRecord
     payload: str
+    role: str
+    signed_by: tuple[str, ...]
+    revoked: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +97,31 @@ def verify_repository(folder: Path, root: bytes, *, now: datetime) -> VerifiedRe
             f"the repository in {folder} does not descend from the given root: "
             "it is another one, or somebody has replaced its root"
         )
+    names = (*TOP_LEVEL, *state.adapter_roles, ROUNDS_ROLE)
+    seals = {role: _seal(state, role, now) for role in names}
+    releases = []
+    for record in state.releases:
+        role, revoked = state.role_of(record.statement.channel), state.revocation(record)
+        releases.append(
+            VerifiedRelease(
+                record=record,
+                payload=_payload(folder / record.path, record),
+                role=role,
+                signed_by=seals[role].signed_by,
+                revoked=revoked.why if revoked else "",
+            )
+        )
     return VerifiedRepository(
-        roles=tuple(_seal(state, role, now) for role in DELEGATOR),
-        releases=tuple(
-            VerifiedRelease(record=record, payload=_payload(folder / record.path, record))
-            for record in state.releases
-        ),
-        round=state.round,
+        roles=tuple(seals.values()), releases=tuple(releases), round=state.round
     )
 
 
 def _seal(state: Published, role: str, now: datetime) -> RoleSeal:
     metadata: Any = state.metadata[role]
-    result = state.signed[DELEGATOR[role]].get_verification_result(
-        role, metadata.signed_bytes, metadata.signatures
-    )
+    above = state.signed["root"]
+    if role not in TOP_LEVEL:
+        above = without_revoked(above, state.signed["targets"])
+    result = above.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
     made = metadata.signed.unrecognized_fields.get(SIGNED_UNIX)
     return RoleSeal(
         role=role,

@@ -131,7 +131,8 @@ def _report_body(report: Report) -> pb.ReportBody:
         fields["battery_percent"] = (
             -1 if report.health.battery_percent is None else (report.health.battery_percent)
         )
-        body.health.CopyFrom(pb.Health(**fields))
+        known = {name: value for name, value in fields.items() if value is not None}
+        body.health.CopyFrom(pb.Health(**known))
     return body
 
 
@@ -170,12 +171,14 @@ def _quality(message: pb.Quality) -> Quality:
 
 def _health(message: pb.Health) -> Health:
     battery = int(_number("health.battery_percent", message.battery_percent, -1, 100))
+    heat = _number("health.temperature_celsius", message.temperature_celsius, -273.15, 1000)
     return Health(
         memory_available_bytes=message.memory_available_bytes,
         process_memory_bytes=message.process_memory_bytes,
         disk_free_bytes=message.disk_free_bytes,
         load_1min=_number("health.load_1min", message.load_1min, 0, 1e6),
         battery_percent=None if battery < 0 else battery,
+        temperature_celsius=heat if message.HasField("temperature_celsius") else None,
     )
 
 

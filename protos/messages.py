@@ -38,6 +38,7 @@ class RejectReason(StrEnum):
     SELF_TEST = "self-test"
     NO_SPACE = "no-space"
     CLOCK = "clock"
+    HEALTH_REGRESSED = "health-regressed"
 
 
 class DeviceEvent(StrEnum):
@@ -78,13 +79,14 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """State of the device at one moment; ``battery_percent`` is None where there is no battery."""
+    """State of the device at one moment; None where there is no battery, or no sensor of heat."""
 
     memory_available_bytes: int
     process_memory_bytes: int
     disk_free_bytes: int
     load_1min: float
     battery_percent: int | None = None
+    temperature_celsius: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,13 @@ It knows nothing of TUF, of keys, or of files.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from protos.messages import BUCKETS
+from protos.errors import WireError
+from protos.members import check_members, is_member
+from protos.messages import BUCKETS, bucket
 from protos.signed_checks import (
     ADAPTERS_ROLE,
     CURRENT_ROUND,
@@ -31,6 +34,7 @@ from protos.signed_checks import (
     MAX_ASSIGNMENTS,
     MAX_TEXT,
     MICRO,
+    REVOKED_KEYS,
     ROUNDS_ROLE,
     SCHEMA,
     SIGNED_UNIX,
@@ -44,25 +48,33 @@ from protos.signed_checks import (
     split_target,
     target_name,
 )
-from protos.statement import Evaluation, Lineage, PrivacyClaim, ReleaseStatement
+from protos.standing import STANDING, Revocation, Standing, revoked_keys
+from protos.statement import Evaluation, Hardware, Lineage, PrivacyClaim, ReleaseStatement
+from protos.window import Window
 
 __all__ = [
     "ADAPTERS_ROLE",
     "CURRENT_ROUND",
     "DELTA_UNIT",
     "MICRO",
+    "REVOKED_KEYS",
     "ROUNDS_ROLE",
     "SIGNED_UNIX",
+    "STANDING",
     "Assignment",
     "Evaluation",
+    "Hardware",
     "Lineage",
     "PrivacyClaim",
     "ReleaseStatement",
+    "Revocation",
     "RoundDocument",
     "SignedPayload",
+    "Standing",
     "StatementError",
     "check_channel",
     "payload_path",
+    "revoked_keys",
     "split_target",
     "target_name",
 ]
@@ -108,14 +120,18 @@ class Assignment:
         basis_points: 0 to 10000.
         target: ``adapters/<channel>/<counter>.airpeft``, or empty.
         sha256: 64 hex digits, of the payload: what the adapters role must have signed too.
+        members: the only devices that are meant, see :mod:`protos.members`; None: all of them.
     """
 
     basis_points: int
     target: str = ""
     sha256: str = ""
+    members: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("basis_points", self.basis_points, 0, BUCKETS)
+        if self.members is not None:
+            _statement(check_members, self.members)
         if not isinstance(self.target, str) or not isinstance(self.sha256, str):
             raise StatementError("target and sha256 of an assignment must be strings")
         if self.is_base:
@@ -137,7 +153,13 @@ class Assignment:
             StatementError: a field is missing or wrong.
         """
         doc = check_object("assignment", doc)
-        return cls(doc.get("basis_points"), doc.get("target"), doc.get("sha256"))
+        members = doc.get("members")
+        return cls(doc.get("basis_points"), doc.get("target"), doc.get("sha256"), members)
+
+    def to_custom(self) -> dict[str, Any]:
+        """As JSON objects."""
+        doc = {"basis_points": self.basis_points, "target": self.target, "sha256": self.sha256}
+        return doc if self.members is None else {**doc, "members": self.members}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +172,8 @@ class RoundDocument:
         salt: with the device's name it makes the bucket (:func:`protos.messages.bucket`).
         assignments: the first one above the device's bucket holds; none: stay as you are.
         reason: for people.
+        window: when devices install, in their own time (:mod:`protos.window`); empty: at any time.
+        bake_seconds: for how long a device watches its health after an install; a day at most.
     """
 
     sequence: int
@@ -157,6 +181,8 @@ class RoundDocument:
     salt: str
     assignments: tuple[Assignment, ...] = ()
     reason: str = ""
+    window: str = ""
+    bake_seconds: int = 0
 
     def __post_init__(self) -> None:
         check_integer("sequence", self.sequence)
@@ -165,23 +191,37 @@ class RoundDocument:
         check_text("reason", self.reason, MAX_TEXT)
         if len(self.assignments) > MAX_ASSIGNMENTS:
             raise StatementError(f"more than {MAX_ASSIGNMENTS} assignments")
+        check_integer("bake_seconds", self.bake_seconds, 0, MAX_BAKE)
+        if self.window != "":
+            _statement(Window.parse, self.window)
 
-    def assignment(self, bucket: int) -> Assignment | None:
-        """The first assignment that reaches this bucket, or None: stay as you are."""
-        return next((a for a in self.assignments if bucket < a.basis_points), None)
+    def assignment_of(self, device_id: str) -> Assignment | None:
+        """The first assignment that reaches this device, or None: stay as you are."""
+        place = bucket(self.salt, device_id)
+        for one in self.assignments:
+            if place < one.basis_points and (
+                one.members is None or is_member(one.members, self.salt, device_id)
+            ):
+                return one
+        return None
 
     def to_custom(self) -> dict[str, Any]:
-        """The ``custom`` field of ``rounds/current``."""
+        """The ``custom`` field of ``rounds/current``.
+
+        What an older device must not overlook is listed in ``critical``; a plain round has none.
+        """
+        critical = ["members"] if any(a.members is not None for a in self.assignments) else []
+        critical += ["window"] if self.window else []
         return {
             "schema": SCHEMA,
             "sequence": self.sequence,
             "rollout": self.rollout,
             "salt": self.salt,
-            "assignments": [
-                {"basis_points": a.basis_points, "target": a.target, "sha256": a.sha256}
-                for a in self.assignments
-            ],
+            "assignments": [one.to_custom() for one in self.assignments],
             "reason": self.reason,
+            **({"window": self.window} if self.window else {}),
+            **({"bake_seconds": self.bake_seconds} if self.bake_seconds else {}),
+            **({"critical": critical} if critical else {}),
         }
 
     @classmethod
@@ -201,7 +241,20 @@ class RoundDocument:
             salt=doc["salt"],
             assignments=tuple(Assignment.from_custom(item) for item in items),
             reason=doc.get("reason", ""),
+            window=doc.get("window", ""),
+            bake_seconds=doc.get("bake_seconds", 0),
         )
 
 
-_FIELDS = (frozenset({"sequence", "rollout", "salt", "assignments"}), frozenset({"reason"}))
+def _statement(check: Callable[[Any], object], value: object) -> None:
+    try:
+        check(value)
+    except WireError as error:
+        raise StatementError(str(error)) from None
+
+
+MAX_BAKE = 86_400  # seconds
+_FIELDS = (
+    frozenset({"sequence", "rollout", "salt", "assignments"}),
+    frozenset({"reason", "members", "window", "bake_seconds"}),
+)

@@ -21,6 +21,8 @@ ADAPTERS_ROLE = "adapters"
 ROUNDS_ROLE = "rounds"
 SIGNED_UNIX = "x-airpeft-signed-unix"
 """Field of each signed metadata file: when it was made, in seconds since 1970, UTC."""
+REVOKED_KEYS = "x-airpeft-revoked-keys"
+"""Field of root: identifiers of keys whose signatures count no more, whatever still names them."""
 
 MAX_INTEGER = 2**53 - 1
 MAX_TEXT = 2_000

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from protos.signed_checks import (
-    DELTA_UNIT,
     DIGEST,
     MAX_TEXT,
-    MICRO,
     SCHEMA,
     WORD,
     StatementError,
@@ -21,110 +19,18 @@ from protos.signed_checks import (
     optional,
     target_name,
 )
+from protos.statement_parts import (
+    ANY_HARDWARE,
+    UNKNOWN_ORIGIN,
+    Evaluation,
+    Hardware,
+    Lineage,
+    PrivacyClaim,
+)
 
+__all__ = ["Evaluation", "Hardware", "Lineage", "PrivacyClaim", "ReleaseStatement"]
 
-@dataclass(frozen=True, kw_only=True)
-class PrivacyClaim:
-    """A privacy budget spent on an adapter, as signed.
-
-    Attributes:
-        epsilon_micro: epsilon in millionths, rounded up.
-        delta_e12: delta in units of 10^-12, rounded up.
-        unit: whose presence it hides: ``example`` or ``client``.
-    """
-
-    epsilon_micro: int
-    delta_e12: int
-    unit: str
-
-    def __post_init__(self) -> None:
-        check_integer("privacy.epsilon_micro", self.epsilon_micro)
-        check_integer("privacy.delta_e12", self.delta_e12, 0, DELTA_UNIT)
-        check_text("privacy.unit", self.unit, 32)
-
-    def to_custom(self) -> dict[str, Any]:
-        """As JSON objects."""
-        return asdict(self)
-
-    @classmethod
-    def from_custom(cls, doc: Any) -> PrivacyClaim:
-        """From JSON objects.
-
-        Raises:
-            StatementError: a field is missing or wrong.
-        """
-        doc = check_object("privacy", doc)
-        return cls(
-            epsilon_micro=doc.get("epsilon_micro"),
-            delta_e12=doc.get("delta_e12"),
-            unit=doc.get("unit"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lineage:
-    """Where an adapter came from; empty strings and zero where that is not known."""
-
-    parent: str = ""
-    run: str = ""
-    round: int = 0
-    recipe: str = ""
-
-    def __post_init__(self) -> None:
-        for field, value in (("parent", self.parent), ("run", self.run), ("recipe", self.recipe)):
-            check_text(f"lineage.{field}", value, 500)
-        check_integer("lineage.round", self.round)
-
-    def to_custom(self) -> dict[str, Any]:
-        """As JSON objects."""
-        return asdict(self)
-
-    @classmethod
-    def from_custom(cls, doc: Any) -> Lineage:
-        """From JSON objects.
-
-        Raises:
-            StatementError: a field is wrong.
-        """
-        doc = check_object("lineage", doc)
-        return cls(
-            parent=doc.get("parent", ""),
-            run=doc.get("run", ""),
-            round=doc.get("round", 0),
-            recipe=doc.get("recipe", ""),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Accuracy, in millionths, on a named set of so many examples."""
-
-    set: str
-    accuracy_micro: int
-    examples: int
-
-    def __post_init__(self) -> None:
-        check_text("evaluation.set", self.set, 200)
-        check_integer("evaluation.accuracy_micro", self.accuracy_micro, 0, MICRO)
-        check_integer("evaluation.examples", self.examples)
-
-    def to_custom(self) -> dict[str, Any]:
-        """As JSON objects."""
-        return asdict(self)
-
-    @classmethod
-    def from_custom(cls, doc: Any) -> Evaluation:
-        """From JSON objects.
-
-        Raises:
-            StatementError: a field is missing or wrong.
-        """
-        doc = check_object("evaluation", doc)
-        return cls(
-            set=doc.get("set"),
-            accuracy_micro=doc.get("accuracy_micro"),
-            examples=doc.get("examples"),
-        )
+MAX_EVALUATIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +50,12 @@ class ReleaseStatement:
         client: client-level privacy, if training had any.
         lineage: where it came from.
         evaluation: how good it is, if that was measured.
+        more_evaluations: the same on further named sets.
+        forced: why it was released although it is worse than the release before, or was not
+            measured where that one was; empty otherwise.
+        model_signing: ``sha256:<hex>`` of an OpenSSF model-signing bundle over the adapter's
+            folder, or empty: provenance, for whoever asks where the adapter was trained.
+        hardware: what a machine must have.
         notes: for people.
         made_unix: when the release was made, in seconds since 1970, UTC.
     """
@@ -158,8 +70,12 @@ class ReleaseStatement:
     floor: int = 0
     example: PrivacyClaim | None = None
     client: PrivacyClaim | None = None
-    lineage: Lineage = Lineage()
+    lineage: Lineage = UNKNOWN_ORIGIN
     evaluation: Evaluation | None = None
+    more_evaluations: tuple[Evaluation, ...] = ()
+    forced: str = ""
+    model_signing: str = ""
+    hardware: Hardware = ANY_HARDWARE
     notes: str = ""
     made_unix: int = 0
 
@@ -174,6 +90,19 @@ class ReleaseStatement:
         check_integer("floor", self.floor, 0, self.counter)
         check_integer("made_unix", self.made_unix)
         check_text("notes", self.notes, MAX_TEXT)
+        check_text("forced", self.forced, 500)
+        if self.model_signing and not DIGEST.match(
+            check_text("model_signing", self.model_signing, 80)
+        ):
+            raise StatementError(
+                f"model_signing {self.model_signing!r} is not sha256:<64 hex digits>"
+            )
+        sets = [one.set for one in self.evaluations]
+        if len(sets) > MAX_EVALUATIONS or len(set(sets)) < len(sets):
+            raise StatementError(
+                f"evaluations must be at most {MAX_EVALUATIONS}, each on another set; given: "
+                f"{', '.join(sets)[:200]}"
+            )
         if not 1 <= len(self.runtime) <= 16 or not all(
             isinstance(word, str) and WORD.match(word) for word in self.runtime
         ):
@@ -187,12 +116,30 @@ class ReleaseStatement:
         return f"{self.channel}-{self.counter}"
 
     @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """All evaluations, the first one first."""
+        return (*([self.evaluation] if self.evaluation else []), *self.more_evaluations)
+
+    @property
     def target(self) -> str:
         """Its name in the repository."""
         return target_name(self.channel, self.counter)
 
     def to_custom(self) -> dict[str, Any]:
-        """The ``custom`` field of the target; integers and strings only."""
+        """The ``custom`` field of the target; integers and strings only.
+
+        What may be missing is left out where it says nothing, and ``hardware`` is critical: an
+        agent that does not know it must not take a release that it might not be able to serve.
+        """
+        extra: dict[str, Any] = {}
+        if self.more_evaluations:
+            extra["more_evaluations"] = [one.to_custom() for one in self.more_evaluations]
+        if self.forced:
+            extra["forced"] = self.forced
+        if self.model_signing:
+            extra["model_signing"] = self.model_signing
+        if not self.hardware.anything:
+            extra |= {"hardware": self.hardware.to_custom(), "critical": ["hardware"]}
         return {
             "schema": SCHEMA,
             "channel": self.channel,
@@ -211,6 +158,7 @@ class ReleaseStatement:
             "evaluation": self.evaluation.to_custom() if self.evaluation else None,
             "notes": self.notes,
             "made_unix": self.made_unix,
+            **extra,
         }
 
     @classmethod
@@ -223,9 +171,9 @@ class ReleaseStatement:
         """
         doc = check_document("release", custom, _FIELDS)
         privacy = check_object("privacy", doc.get("privacy", {}))
-        runtime = doc["runtime"]
-        if not isinstance(runtime, list):
-            raise StatementError("runtime must be a list of words")
+        runtime, more = doc["runtime"], doc.get("more_evaluations", [])
+        if not isinstance(runtime, list) or not isinstance(more, list):
+            raise StatementError("runtime and more_evaluations must be lists")
         return cls(
             channel=doc["channel"],
             counter=doc["counter"],
@@ -239,6 +187,12 @@ class ReleaseStatement:
             client=optional(PrivacyClaim.from_custom, privacy.get("client")),
             lineage=Lineage.from_custom(doc.get("lineage", {})),
             evaluation=optional(Evaluation.from_custom, doc.get("evaluation")),
+            more_evaluations=tuple(
+                Evaluation.from_custom(one) for one in more[: MAX_EVALUATIONS + 1]
+            ),
+            forced=doc.get("forced", ""),
+            model_signing=doc.get("model_signing", ""),
+            hardware=Hardware.from_custom(doc.get("hardware", {})),
             notes=doc.get("notes", ""),
             made_unix=doc.get("made_unix", 0),
         )
@@ -257,5 +211,17 @@ _FIELDS = (
             "floor",
         }
     ),
-    frozenset({"privacy", "lineage", "evaluation", "notes", "made_unix"}),
+    frozenset(
+        {
+            "privacy",
+            "lineage",
+            "evaluation",
+            "more_evaluations",
+            "forced",
+            "model_signing",
+            "hardware",
+            "notes",
+            "made_unix",
+        }
+    ),
 )

@@ -176,7 +176,8 @@ class Demo:
 
     def release(self, adapter: Path, notes: str) -> dict[str, Any]:
         """Sign an adapter, publish it, roll it out; returns the rollout at rest."""
-        release = self.fleet.release(adapter, CHANNEL, notes)
+        why = "the demo goes on, whatever the end of training measures"
+        release = self.fleet.release(adapter, CHANNEL, notes, force_worse=why)
         name = str(release["name"])
         self.view.note(
             f"{name}: signed by 2 of 3 adapter keys, {release['length']:,} bytes ({notes})"

@@ -180,8 +180,16 @@ class Fleet:
 
     # Releases and rollouts
 
-    def release(self, adapter: Path, channel: str, notes: str = "") -> dict[str, Any]:
+    def release(
+        self, adapter: Path, channel: str, notes: str = "", *, force_worse: str = ""
+    ) -> dict[str, Any]:
         """Make, sign with two of the three adapter keys, and publish.
+
+        Args:
+            adapter: its folder.
+            channel: the line of releases.
+            notes: for people.
+            force_worse: why it is released even if it is worse than the one before.
 
         Returns:
             What the server says of the release: name, target, sha256, length, statement.
@@ -194,7 +202,7 @@ class Fleet:
                 adapter,
                 folder,
                 adapters=current,
-                options=ReleaseOptions(channel=channel, notes=notes),
+                options=ReleaseOptions(channel=channel, notes=notes, force_worse=force_worse),
                 now=now,
             )
             keys = KeyFolder(self.server_home / "offline-keys")

@@ -93,16 +93,21 @@ def line(
     }
 
 
-def origin(config: RoundsConfig, run: str, rounds: Sequence[Round]) -> dict[str, Any]:
+def origin(
+    config: RoundsConfig, run: str, rounds: Sequence[Round], *, data: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """What ``version.json`` beside the adapter says: where it came from, how good it is.
 
     Args:
         config: how the rounds went.
         run: name of the run.
         rounds: the records of all rounds.
+        data: fingerprints of the data, if they may be told.
     """
     last, chosen = rounds[-1], config.chosen()
-    lineage = Lineage(parent=last.adapter_in, run=run, round=last.number, recipe=config.recipe)
+    lineage = Lineage(
+        parent=last.adapter_in, run=run, round=last.number, recipe=config.recipe, data=data
+    )
     said: dict[str, Any] = {
         "lineage": lineage.to_custom(),
         "recipe": {

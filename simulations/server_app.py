@@ -28,7 +28,7 @@ from privacy import secure_statement
 from privacy.cohort_statement import section
 from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
-from simulations import card, evaluation, folder, records, report
+from simulations import card, evaluation, folder, origin, records, report
 from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
 from simulations.folder import Run
 from simulations.scenario import Scenario, load
@@ -145,10 +145,12 @@ def _finish(run: Run, result: TrainingResult, randomness: str, progress: Progres
     lines = lines_of(run, result.rounds)
     told = privacy_statement(run, result.rounds, randomness)
     picture = report.draw_curves(run, lines)
-    origin = records.origin(run.config, run.scenario.run, result.rounds)
+    source = records.origin(
+        run.config, run.scenario.run, result.rounds, data=origin.fingerprints(run)
+    )
     extra = {
         FILE: json.dumps(told, indent=1, sort_keys=True).encode(),
-        VERSION_FILE: json.dumps(origin, indent=1, sort_keys=True).encode(),
+        VERSION_FILE: json.dumps(source, indent=1, sort_keys=True).encode(),
         **beside.files(result.beside, run.base.name),
     }
     peft_layout.write(

@@ -38,6 +38,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_SELF_TEST: _ClassVar[RejectReason]
     REJECT_REASON_NO_SPACE: _ClassVar[RejectReason]
     REJECT_REASON_CLOCK: _ClassVar[RejectReason]
+    REJECT_REASON_HEALTH_REGRESSED: _ClassVar[RejectReason]
 DEVICE_EVENT_UNSPECIFIED: DeviceEvent
 DEVICE_EVENT_STARTED: DeviceEvent
 DEVICE_EVENT_DOWNLOADED: DeviceEvent
@@ -64,6 +65,7 @@ REJECT_REASON_QUALITY_REGRESSED: RejectReason
 REJECT_REASON_SELF_TEST: RejectReason
 REJECT_REASON_NO_SPACE: RejectReason
 REJECT_REASON_CLOCK: RejectReason
+REJECT_REASON_HEALTH_REGRESSED: RejectReason
 
 class EnrolRequest(_message.Message):
     __slots__ = ("token", "certificate_request", "inventory", "tags")
@@ -220,18 +222,20 @@ class Quality(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., accuracy_before: _Optional[float] = ..., accuracy_after: _Optional[float] = ..., latency_ms_before: _Optional[float] = ..., latency_ms_after: _Optional[float] = ...) -> None: ...
 
 class Health(_message.Message):
-    __slots__ = ("memory_available_bytes", "process_memory_bytes", "disk_free_bytes", "load_1min", "battery_percent")
+    __slots__ = ("memory_available_bytes", "process_memory_bytes", "disk_free_bytes", "load_1min", "battery_percent", "temperature_celsius")
     MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_1MIN_FIELD_NUMBER: _ClassVar[int]
     BATTERY_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     memory_available_bytes: int
     process_memory_bytes: int
     disk_free_bytes: int
     load_1min: float
     battery_percent: int
-    def __init__(self, memory_available_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., load_1min: _Optional[float] = ..., battery_percent: _Optional[int] = ...) -> None: ...
+    temperature_celsius: float
+    def __init__(self, memory_available_bytes: _Optional[int] = ..., process_memory_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., load_1min: _Optional[float] = ..., battery_percent: _Optional[int] = ..., temperature_celsius: _Optional[float] = ...) -> None: ...
 
 class ReportAck(_message.Message):
     __slots__ = ("accepted_through",)

@@ -40,7 +40,6 @@ from protos.messages import (
     ReportBatch,
     SignedReport,
     WatchRequest,
-    bucket,
     encode_report,
     from_wire,
     to_wire,
@@ -271,7 +270,7 @@ class Obedient:
 
     def hear(self, bundle: MetadataBundle) -> None:
         document = round_of(bundle)
-        wanted = document.assignment(bucket(document.salt, self.device.name))
+        wanted = document.assignment_of(self.device.name)
         name = release_name(wanted)
         if wanted is None or name == self.running or (document.sequence, name) in self._done:
             return

@@ -18,11 +18,11 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from federation import cli
-from federation.client import OperatorError
+from federation import cli, operators_cli
+from federation.client import OperatorClient, OperatorError
 from federation.first_start import Passphrases, ServerError, open_repository, take_home
 from federation.keys import ADAPTER_NAMES, ROOT_NAMES, KeyFolder, generate
-from federation.operators import ensure_admin, operator_of, renew_admin
+from federation.operators import Operator, Role, ensure_admin, operator_of, renew_admin
 from federation.store import Store
 from protos.messages import DeviceEvent
 from tests.delivery.rig import ROOT, Device, Obedient, ServerProcess, Watcher, signed_release
@@ -99,6 +99,66 @@ def test_killed_three_times_in_the_middle_of_a_rollout_it_goes_on(fresh: ServerP
             record = operator.releases()[0]
         folder, _, file = record["target"].rpartition("/")
         assert devices[0].fetch(f"targets/{folder}/{record['sha256']}.{file}") == payload
+
+
+def test_killed_in_every_state_it_goes_on(fresh: ServerProcess, tmp_path: Path) -> None:
+    """Awaiting approval, held after a success, in a filter wave, comparing, rolling back."""
+    devices = [Device(fresh, f"d-{number}") for number in range(4)]
+    first, second = fresh.publish(1, b"one"), fresh.publish(2, b"two")
+
+    def killed() -> None:
+        fresh.kill()
+        fresh.start()
+
+    with fresh.operator() as operator:
+        made = operator.add_operator("ben", "approver")
+        operator.tag("d-0", {"ring": "canary"})
+        operator.tag("d-1", {"ring": "canary"})
+        policy = {"two_person": True, "on_success": "pause", "deadline_seconds": 600.0}
+        waves = ['1 where tag.ring == "canary"', 'where tag.ring == "canary"', "100%"]
+        rollout = operator.start_rollout(first, waves, policy=policy)["id"]
+    killed()
+    with obedient(*devices) as fleet:
+        wait_for(fresh, rollout, "awaiting_approval")
+        assert sum(len(one.loaded) for one in fleet) == 1
+        killed()
+        wait_for(fresh, rollout, "awaiting_approval")
+        with fresh.operator() as operator:
+            with pytest.raises(OperatorError, match="another operator must approve"):
+                operator.act(rollout, "approve")
+            ben = OperatorClient(operator.url, made["token"])
+            with ben:
+                with pytest.raises(OperatorError, match="role approver, which may not operate"):
+                    ben.start_rollout(second)
+                ben.act(rollout, "approve", "looked at it")
+        killed()  # approved, and perhaps not yet begun
+        wait_for(fresh, rollout, "paused")
+        assert [bool(one.loaded) for one in fleet] == [True, True, False, False]
+        killed()
+        with fresh.operator() as operator:
+            assert operator.rollout(rollout)["held"]
+            operator.act(rollout, "resume")
+        wait_for(fresh, rollout, "done")
+        assert [one.loaded for one in fleet] == [[first]] * 4
+        with fresh.operator() as operator:
+            third = fresh.publish(3, b"three")
+            words = {"other": third, "policy": {"bake_seconds": 0.5}}
+            again = operator.start_rollout(second, ["2", "100%"], **words)["id"]
+        killed()
+        wait_for(fresh, again, "done")
+        assert sorted(one.running for one in fleet) == [second, second, third, third]
+        assert all(len(one.loaded) == 2 for one in fleet), "a device changed sides"
+        with fresh.operator() as operator:
+            operator.act(again, "rollback", "neither")
+        killed()
+        wait_for(fresh, again, "rolled_back")
+        until(lambda: {one.running for one in fleet} == {first}, what="all back")
+        with fresh.operator() as operator:
+            verdict = operator.verify_audit()
+            assert verdict["sound"], verdict
+            assert operator.verify_audit(verdict["head"])["sound"]
+            whys = [line["why"] for line in operator.audit(500) if line["who"] == "ben"]
+            assert any("approved by ben: looked at it" in why for why in whys)
 
 
 def test_a_bad_release_stops_at_the_canary(server: ServerProcess) -> None:
@@ -287,10 +347,11 @@ def test_a_new_operators_token_ends_the_old_one(tmp_path: Path) -> None:
     first = (tmp_path / "admin.token").read_text().strip()
     ensure_admin(store, tmp_path)
     assert (tmp_path / "admin.token").read_text().strip() == first
-    assert operator_of(store, first) == "admin"
+    assert operator_of(store, first) == Operator("admin", Role.ADMIN)
     renew_admin(store, tmp_path)
     assert operator_of(store, first) is None
-    assert operator_of(store, (tmp_path / "admin.token").read_text().strip()) == "admin"
+    second = (tmp_path / "admin.token").read_text().strip()
+    assert operator_of(store, second) == Operator("admin", Role.ADMIN)
     store.close()
 
 
@@ -328,6 +389,36 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
     assert f"cannot pause rollout {started['id']}: it is rolled_back" in refused.stderr
     bad = call(cli.rollout, "start", name, "--wave", "half", code=2)
     assert "neither a number" in bad.stderr
+    other = server.publish(2, b"payload", channel="line")
+    planned = call(cli.rollout, "plan", other, "--wave", "1x2", "--window", "22:00-05:00")
+    assert planned["waves"][-1]["reached"] == planned["fleet"]
+    dry = ["start", other, "--dry-run", "--home", str(server.home)]
+    assert "nothing has happened" in run.invoke(cli.rollout, dry).stdout
+    assert "give one RELEASE" in call(cli.rollout, "plan", code=2).stderr
+    assert "--retries" in call(cli.rollout, "plan", name, "--retries", "x=1", code=2).stderr
+    tagged = call(cli.fleet, "tag", "attic", "site=roof", "--remove", "nothing")
+    assert tagged["tags"] == {"site": "roof"}
+    found = call(cli.fleet, "list", "--where", 'tag.site == "roof"')
+    assert [one["id"] for one in found] == ["attic"]
+    assert "unknown field" in call(cli.fleet, "list", "--where", "x == 1", code=2).stderr
+    token = tmp_path / "ben.token"
+    added = call(operators_cli.operators, "add", "ben", "--role", "viewer", "--out", str(token))
+    assert "token" not in added
+    assert token.stat().st_mode & 0o777 == 0o600
+    url = f"http://{server.endpoints['api']}"
+    words = ["pause", started["id"], "--url", url, "--token-file", str(token)]
+    denied = run.invoke(cli.rollout, words)
+    assert (denied.exit_code, "role viewer, which may not stop" in denied.stderr) == (2, True)
+    call(operators_cli.operators, "revoke", "ben")
+    listed = {one["name"]: one["revoked"] for one in call(operators_cli.operators, "list")}
+    assert listed["ben"] is not None
+    head = call(operators_cli.audit, "verify")["head"]
+    assert call(operators_cli.audit, "list", "--limit", "1")[0]["action"] == "operator-revoke"
+    call(operators_cli.audit, "verify", "--head", head)
+    lost = run.invoke(
+        operators_cli.audit, ["verify", "--head", "0f" * 32, "--home", str(server.home)]
+    )
+    assert (lost.exit_code, "BROKEN" in lost.stdout) == (4, True)
     assert "no device 'nobody'" in call(cli.fleet, "show", "nobody", code=2).stderr
     spare = Device(server, "cellar")
     call(cli.fleet, "revoke", spare.name, "--why", "sold")

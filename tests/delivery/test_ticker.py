@@ -25,8 +25,9 @@ from federation.policy import Policy
 from federation.published import NotFoundError
 from federation.repository import Repository
 from federation.rollout import Rollout, State, Verb
+from federation.rollout_book import NoRolloutError
 from federation.store import Store
-from federation.ticker import NoRolloutError, Ticker
+from federation.ticker import Ticker
 from federation.waves import RolloutError, Wave
 from protos.messages import (
     DeviceEvent,
@@ -35,7 +36,6 @@ from protos.messages import (
     RejectReason,
     Report,
     SignedReport,
-    bucket,
     encode_report,
 )
 from protos.signed import RoundDocument
@@ -111,7 +111,7 @@ class House:
     def told(self, name: str) -> str | None:
         """The release that the round in force assigns to a device; None: stay as you are."""
         document = self.repository.round()
-        wanted = document.assignment(bucket(document.salt, name))
+        wanted = document.assignment_of(name)
         return release_name(wanted) if wanted is not None else None
 
     def obey(self, rollout: Rollout) -> None:

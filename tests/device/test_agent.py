@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 from aggregation.adapter import Adapter
 from clients.connection import Connection, Denied
 from clients.install import InstallPolicy
+from clients.permission import Permission, Wait
 from clients.probe import HeldOut
 from clients.runtime import Request
 from clients.slots import Slots
+from clients.watch import WatchPolicy
 from federation import chunks
 from protos.messages import DeviceEvent, RejectReason
 from protos.signed import Assignment
@@ -373,3 +376,83 @@ def test_a_strangers_token_is_refused(gateway, home):
     )
     with pytest.raises(Denied, match="unknown-token"):
         enrol(f"127.0.0.1:{gateway.enrol_port}", gateway.authority.pem, request)
+
+
+def test_what_is_locked_is_downloaded_and_loaded_when_the_lock_goes(
+    gateway, device, runtime, adapters
+):
+    lock = device / "update.lock"
+    lock.write_text("printing")
+    permission = Permission(device, now=lambda: datetime.now(UTC), ask_again_seconds=0.05)
+    gateway.order(gateway.release(adapters[0], 1), rollout="r1")
+    with Running(device, runtime, permission=permission) as running:
+        gateway.heard(DeviceEvent.STAGED, "stable-1")
+        until(lambda: "update.lock" in running.agent.status.waiting, what="the lock's name")
+        assert running.runtime.pin().digest == ""
+        lock.unlink()
+        running.serves("stable-1")
+        gateway.heard(DeviceEvent.COMMITTED, "stable-1")
+        assert events(gateway, "stable-1") == [*OPEN, DeviceEvent.COMMITTED]
+        assert running.agent.status.waiting == ""
+
+
+def test_what_waits_for_its_window_is_installed_though_the_link_is_gone(
+    gateway, device, runtime, adapters
+):
+    opened = threading.Event()
+
+    class ByHand(Permission):
+        """A window that this test opens."""
+
+        def wait(self, window):
+            return None if opened.is_set() else Wait(0.05, "the window is closed")
+
+    permission = ByHand(device, now=lambda: datetime.now(UTC))
+    gateway.order(gateway.release(adapters[0], 1), rollout="r1")
+    with Running(device, runtime, permission=permission) as running:
+        gateway.heard(DeviceEvent.STAGED, "stable-1")
+        gateway.stop()
+        until(lambda: not running.agent.status.online, what="the loss of the link")
+        opened.set()
+        running.serves("stable-1")
+        gateway.start()
+        gateway.heard(DeviceEvent.COMMITTED, "stable-1")
+
+
+def watching(**changes) -> InstallPolicy:
+    return InstallPolicy(watch=WatchPolicy(seconds=600.0, every=0.02, strikes=2, **changes))
+
+
+def test_a_release_that_makes_the_device_worse_goes_back_by_itself(
+    gateway, device, runtime, adapters
+):
+    gateway.order(gateway.release(adapters[0], 1), rollout="r1")
+    with Running(device, runtime, policy=watching()) as running:
+        running.serves("stable-1")
+        gateway.order(gateway.release(adapters[2], 2), rollout="r2")
+        running.serves("stable-2")
+        assert running.agent._installer.watch.watched is not None
+        # From now on no growth is small enough.
+        policy = WatchPolicy(every=0.02, strikes=2, memory_factor=0.1, memory_slack_bytes=0)
+        running.agent._installer.watch._policy = policy
+        report = gateway.heard(DeviceEvent.REVERTED, "stable-2")
+        assert report.reason is RejectReason.HEALTH_REGRESSED
+        assert "the process has" in report.detail
+        running.serves("stable-1")
+    assert not (device / "watch.json").exists()
+    with Running(device, runtime, policy=watching()) as running:
+        running.serves("stable-1")
+        rejected = gateway.heard(DeviceEvent.REJECTED, "stable-2")
+        assert rejected.reason is RejectReason.KNOWN_BAD
+
+
+def test_a_release_that_stays_well_is_no_longer_watched_after_its_bake(
+    gateway, device, runtime, adapters
+):
+    gateway.order(gateway.release(adapters[0], 1), rollout="r1")
+    policy = InstallPolicy(watch=WatchPolicy(seconds=0.2, every=0.02))
+    with Running(device, runtime, policy=policy) as running:
+        running.serves("stable-1")
+        watch = running.agent._installer.watch
+        until(lambda: watch.watched is None, what="the end of the bake")
+        assert events(gateway, "stable-1")[-1] is DeviceEvent.COMMITTED

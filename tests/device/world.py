@@ -29,6 +29,7 @@ from clients.connection import Connection
 from clients.identity import Identity
 from clients.install import InstallPolicy
 from clients.link import Backoff
+from clients.permission import Permission
 from clients.probe import HeldOut
 from clients.slots import Slots
 from clients.telemetry import ReportQueue
@@ -215,6 +216,7 @@ class Running:
         connect: Callable[[Identity], Connection] = Connection,
         policy: InstallPolicy | None = None,
         later: tuple[float, float] = (0.01, 0.05),
+        permission: Permission | None = None,
     ) -> None:
         who = identity.load(home)
         rng = random.Random(3)  # noqa: S311
@@ -247,6 +249,7 @@ class Running:
             ),
             now=lambda: datetime.now(UTC),
             backoff=lambda base, cap: Backoff(rng, base=base, cap=cap),
+            permission=permission,
         )
         self.agent.start()
         self._thread = threading.Thread(target=self.agent.run)

@@ -17,10 +17,10 @@ from tuf.api.metadata import Metadata, MetaFile
 from clients.trust import DeviceFacts, Install, Rejected, SignedRelease, Trust, Verdict
 from federation import keys, roles
 from federation.keys import KeyFolder
-from federation.published import ReleaseRecord
+from federation.published import ReleaseRecord, read_standing
 from federation.repository import Repository
 from protos.messages import MetadataBundle, RejectReason
-from protos.signed import Assignment, ReleaseStatement, RoundDocument
+from protos.signed import Assignment, ReleaseStatement, RoundDocument, Standing
 
 START = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
 BASE = "sha256:" + "b" * 64
@@ -66,13 +66,20 @@ class Publisher:
         )
 
     def signed_adapters(
-        self, new: ReleaseStatement, data: bytes, *, signers: Any = None, keep: bool = True
+        self,
+        new: ReleaseStatement,
+        data: bytes,
+        *,
+        signers: Any = None,
+        keep: bool = True,
+        standing: Standing | None = None,
     ) -> bytes:
-        """The next ``adapters`` file with one more release."""
+        """The next ``adapters`` file with one more release, and what was said of older ones."""
         current = Metadata[Any].from_bytes(self.repository.adapters()).signed
         listed = list(current.targets.values()) if keep else []
         target = roles.release_target(new, len(data), hashlib.sha256(data).hexdigest())
-        unsigned = roles.adapters([*listed, target], current.version + 1, self.now)
+        said = read_standing(current) if standing is None else standing
+        unsigned = roles.adapters([*listed, target], current.version + 1, self.now, said)
         chosen = self.adapter_keys[:2] if signers is None else signers
         return roles.to_bytes(roles.sign(unsigned, chosen))
 

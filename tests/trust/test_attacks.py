@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata, TargetFile
 
 from aggregation.durable import StorageError
 from clients.trust import Rejected, Stay, Trust, TrustStateError, Withdraw
-from clients.trust_metadata import MAX_FILE_BYTES, MAX_TIMESTAMP_BYTES
+from clients.trust_source import MAX_FILE_BYTES, MAX_TIMESTAMP_BYTES
 from federation import roles
 from federation.keys import generate
 from protos.messages import MetadataBundle, RejectReason, bucket
@@ -617,7 +617,7 @@ def test_fields_of_later_versions_are_ignored_unless_critical(
     )
     rounds.signed.version += 1
     custom = rounds.signed.targets["rounds/current"].unrecognized_fields["custom"]
-    custom.update({"sequence": 5, "window": {"from": 1}})
+    custom.update({"sequence": 5, "weather": {"from": 1}})
     rounds.sign(publisher.online)
     assert first.installs(publisher.forged(rounds=rounds)).sequence == 5
 

@@ -1,0 +1,110 @@
+"""Leaving a release that the adapter keys have revoked, whatever the current round says.
+
+The release before it serves again if it is still in its slot and nothing is said against it, else
+the base model alone. That lies below every floor, and still it is what the adapter keys have asked
+for: a floor keeps a stolen online key from going back, and this is not the online key's word.
+
+The change on disk comes first: a device that is killed here starts without the revoked release.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from clients.runtime import AdapterVersion, Runtime
+from clients.slots import SlotDamaged, SlotRecord, Slots
+from clients.trust import Trust
+from protos.messages import DeviceEvent, RejectReason
+
+log = logging.getLogger("airpeft.clients.leaving")
+
+
+class Leaving:
+    """Watches over what serves.
+
+    Args:
+        trust: knows what is revoked.
+        slots: where releases lie.
+        runtime: what serves them.
+        restore: loads and publishes what the slots say is active.
+        tell: reports an event.
+        tell_commit: reports what the slots have committed.
+    """
+
+    def __init__(
+        self,
+        *,
+        trust: Trust,
+        slots: Slots,
+        runtime: Runtime,
+        restore: Callable[[], AdapterVersion],
+        tell: Callable[..., Any],
+        tell_commit: Callable[[], None],
+    ) -> None:
+        self._trust, self._slots, self._runtime = trust, slots, runtime
+        self._restore, self._tell, self._tell_commit = restore, tell, tell_commit
+
+    def before_start(self) -> None:
+        """Leave it on disk, before anything is loaded.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        self._step_back()
+
+    def leave(self) -> bool:
+        """Leave what serves, if it is revoked; whether it was.
+
+        Raises:
+            StorageError: the disk refused; it serves on, and is left at the next occasion.
+        """
+        if not self._step_back():
+            return False
+        serving = self._runtime.pin()
+        if self._slots.state.active is None:
+            self._runtime.publish(None)
+        else:
+            self._restore()
+        self._runtime.unload(serving)
+        self._tell_commit()
+        return True
+
+    def _step_back(self) -> bool:
+        active = _record(self._slots.active)
+        why = self._trust.revoked(active.sha256) if active is not None else None
+        if active is None or why is None:
+            return False
+        before = _record(self._slots.previous)
+        usable = before is not None and self._may_serve(before)
+        order = {"rollout": active.rollout, "round_sequence": active.round_sequence}
+        if before is not None and usable:
+            self._slots.fall_back({**order, "release": before.release})
+        else:
+            self._slots.withdraw({**order, "release": ""})
+        name = before.release if before is not None and usable else "the base model"
+        log.warning("revoked: %s; %s serves instead", why, name)
+        self._tell(
+            DeviceEvent.REVERTED,
+            release=active.release,
+            reason=RejectReason.KNOWN_BAD,
+            detail=f"revoked by the adapter keys: {why}; {name} serves instead",
+            **order,
+        )
+        return True
+
+    def _may_serve(self, record: SlotRecord) -> bool:
+        state = self._trust.state
+        said = record.sha256 in state.revoked or record.sha256 in state.bad
+        floor = state.floors.get(record.channel, 0)
+        fits = record.base_digest == self._runtime.base_digest
+        return fits and not said and record.counter >= floor
+
+
+def _record(read: Callable[[], SlotRecord | None]) -> SlotRecord | None:
+    try:
+        return read()
+    except SlotDamaged as error:
+        log.error("%s", error)
+        return None
