@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "release": ("federation.release_cli", "release", "Make, sign, publish and verify releases."),
     "rollout": ("federation.cli", "rollout", "Start, watch, halt and roll back a rollout."),
     "fleet": ("federation.cli", "fleet", "List the devices; make enrolment tokens."),
+    "mirror": ("federation.mirror_cli", "mirror", "Copy releases to a stick; serve them; relay."),
     "device": ("clients.cli", "device", "Enrol and run a device."),
     "privacy": ("privacy.cli", "privacy", "Plan privacy, explain a statement, read a ledger."),
     "doctor": ("clients.doctor", "doctor", "Check this machine and say what to do."),

@@ -33,6 +33,7 @@ from clients.probe import HeldOut
 from clients.reporting import AgentStatus, Reporter
 from clients.runtime import Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
+from clients.sources import Sources
 from clients.telemetry import ReportQueue
 from clients.trust import (
     DeviceFacts,
@@ -88,6 +89,7 @@ class Agent:
         runtime: what serves them.
         queue: what is told to the fleet.
         connect: opens a connection; called again after each loss.
+        sources: where payloads come from, and metadata while the fleet is away; see there.
         held_out: the device's own labelled examples, if it has any.
         policy: see :class:`AgentPolicy`.
         now: the device's clock, with a zone.
@@ -109,11 +111,13 @@ class Agent:
         policy: AgentPolicy,
         now: Callable[[], datetime],
         backoff: Callable[[float, float], Backoff],
+        sources: Sources | None = None,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
         self._slots, self._queue, self._connect = slots, queue, connect
         self._policy, self._now = policy, now
+        self._sources = sources or Sources()
         self._stop = threading.Event()
         self._connection: Connection | None = None
         self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
@@ -159,7 +163,8 @@ class Agent:
         while not self._stop.is_set():
             asked = 0.0
             try:
-                self._listen()
+                if self._sources.has_fleet:
+                    self._listen()
             except ConnectionLost as lost:
                 self._reporter.offline(str(lost))
                 asked = lost.retry_after
@@ -173,7 +178,8 @@ class Agent:
                 detail = f"{type(error).__name__}: {error}"
                 self._reporter.tell_once(DeviceEvent.FAILED, detail=detail)
                 self._reporter.offline(detail)
-            if self._stop.wait(self._reconnect.next(asked)):
+            self._visit_mirrors()
+            if self._stop.wait(self._sources.pause(self._reconnect.next(asked))):
                 break
         self._queue.arrived.set()
         reporter.join(timeout=5.0)
@@ -185,8 +191,12 @@ class Agent:
         if connection is not None:
             connection.close()
 
-    def consider(self, bundle: MetadataBundle, connection: Connection) -> None:
-        """Judge one bundle and do what it orders.
+    def consider(self, bundle: MetadataBundle, connection: Connection | None) -> bool:
+        """Judge one bundle and do what it orders; whether it was believed.
+
+        Args:
+            bundle: from anywhere.
+            connection: the fleet's, if that is where the bundle comes from.
 
         Raises:
             ConnectionLost: while fetching; the bundle will come again with the next stream.
@@ -196,10 +206,11 @@ class Agent:
         try:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
-            if rejected.reason in IMPOSTOR:
-                self._reporter.doubt(str(rejected))
-            else:
-                self._reporter.believe(connection)
+            if connection is not None:
+                if rejected.reason in IMPOSTOR:
+                    self._reporter.doubt(str(rejected))
+                else:
+                    self._reporter.believe(connection)
             self._reporter.tell_once(
                 DeviceEvent.REJECTED,
                 reason=rejected.reason,
@@ -208,13 +219,14 @@ class Agent:
                 round_sequence=rejected.sequence,
                 detail=rejected.detail,
             )
-            return
+            return False
         except (TrustStateError, StorageError) as error:
             full = RejectReason.NO_SPACE if is_full(error.__cause__) else None
             self._reporter.tell_once(DeviceEvent.FAILED, reason=full, detail=str(error))
             self._due = ("", time.monotonic() + self._later.next())
-            return
-        self._reporter.believe(connection)
+            return False
+        if connection is not None:
+            self._reporter.believe(connection)
         match verdict:
             case Stay(reason=reason):
                 log.debug("stay: %s", reason)
@@ -222,6 +234,7 @@ class Agent:
                 self._withdraw(verdict)
             case Install(release=release):
                 self._install(release, connection)
+        return True
 
     def _withdraw(self, order: Withdraw) -> None:
         if self._slots.state.active is not None:
@@ -236,7 +249,7 @@ class Agent:
                 detail="already withdrawn",
             )
 
-    def _install(self, release: SignedRelease, connection: Connection) -> None:
+    def _install(self, release: SignedRelease, connection: Connection | None) -> None:
         active = self._active()
         if active is not None and active.sha256 == release.sha256:
             if active.rollout != release.rollout:
@@ -251,8 +264,8 @@ class Agent:
         if self._waits(release.sha256):
             return
         outcome = self._installer.install(
-            _record(release),
-            lambda offset: connection.fetch(release.path, offset),
+            SlotRecord.of(release),
+            self._sources.download(release.path, release.length, connection),
             lambda: self._trust.remember_bad(release),
         )
         if outcome is Outcome.LATER:
@@ -284,6 +297,20 @@ class Agent:
             self._reporter.offline(self.status.link)
             connection.close()
 
+    def _visit_mirrors(self) -> None:
+        """While the fleet is away: what the other sources know, in order, until one is believed."""
+        state = self._trust.state
+        try:
+            for name, bundle in self._sources.visit(state.root, state.version("timestamp")):
+                if self._stop.is_set() or self.consider(bundle, None):
+                    return
+                log.info("the metadata of source %s is refused", name)
+        except ConnectionLost as lost:
+            log.warning("no source brings the release: %s", lost)
+        except Exception as error:
+            log.exception("the sources could not be asked")
+            self._reporter.tell_once(DeviceEvent.FAILED, detail=f"{type(error).__name__}: {error}")
+
     def _watch_request(self) -> WatchRequest:
         active = self._active()
         state = self._trust.state
@@ -302,20 +329,3 @@ class Agent:
 
     def _waits(self, sha256: str) -> bool:
         return self._due is not None and self._due[0] == sha256 and time.monotonic() < self._due[1]
-
-
-def _record(release: SignedRelease) -> SlotRecord:
-    return SlotRecord(
-        release=release.name,
-        channel=release.channel,
-        counter=release.counter,
-        target=release.target,
-        sha256=release.sha256,
-        length=release.length,
-        plain_length=release.plain_length,
-        adapter_digest=release.adapter_digest,
-        spec_digest=release.spec_digest,
-        base_digest=release.base_digest,
-        rollout=release.rollout,
-        round_sequence=release.sequence,
-    )

@@ -79,6 +79,10 @@ def run(
     tolerance: Annotated[
         float | None, typer.Option(help="How much accuracy may fall with a new release, 0 to 1.")
     ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="fleet, https://... or a folder; repeatable, asked in this order."),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     die_with_parent: Annotated[
         bool, typer.Option("--die-with-parent", help="End when the starting process ends (Linux).")
@@ -103,6 +107,7 @@ def run(
             "threads": threads,
             "max_length": max_length,
             "quality_tolerance": tolerance,
+            "sources": tuple(source) if source else None,
             "log_level": log_level,
         }
         settings = DeviceSettings.read(home, flags)

@@ -141,6 +141,7 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
     from clients.peft_runtime import PeftRuntime
     from clients.probe import HeldOut
     from clients.slots import Slots
+    from clients.sources import open_sources
     from clients.telemetry import ReportQueue
     from clients.trust import DeviceFacts, Trust
 
@@ -176,6 +177,12 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         runtime=runtime,
         queue=queue,
         connect=lambda: Connection(who),
+        sources=open_sources(
+            settings.sources,
+            seconds=settings.mirror_seconds,
+            authorities=_authorities(settings, who),
+            count=metrics.source,
+        ),
         held_out=held_out,
         policy=AgentPolicy(
             install=InstallPolicy(quality_tolerance=settings.quality_tolerance),
@@ -193,6 +200,17 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         return {**device, **asdict(agent.status)}
 
     return agent, Endpoint(runtime, status=status, metrics=metrics, port=settings.port)
+
+
+def _authorities(settings: DeviceSettings, who: Identity) -> list[bytes]:
+    if settings.source_authority is None:
+        return [who.authority_pem]
+    try:
+        return [who.authority_pem, settings.source_authority.read_bytes()]
+    except OSError as error:
+        raise DeviceError(
+            f"setting 'source_authority': cannot read {settings.source_authority}: {error.strerror}"
+        ) from None
 
 
 def read_status(home: Path) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class DeviceSettings(BaseSettings):
         health_seconds: between two health reports.
         reconnect_seconds: first and largest bound of the wait after a lost link.
         later_seconds: first and largest bound of the wait before a failed install is tried again.
+        sources: where releases come from, in order: fleet, https://..., folders (clients.sources).
+        source_authority: certificate (PEM) that HTTPS sources may be signed by, beside the fleet's
+            authority and the system's.
+        mirror_seconds: between two looks at the sources while the fleet is away.
         log_level: of the ``airpeft`` loggers.
     """
 
@@ -54,6 +58,9 @@ class DeviceSettings(BaseSettings):
     health_seconds: float = Field(300.0, gt=0.0)
     reconnect_seconds: tuple[float, float] = (0.5, 60.0)
     later_seconds: tuple[float, float] = (30.0, 3600.0)
+    sources: tuple[str, ...] = ("fleet",)
+    source_authority: Path | None = None
+    mirror_seconds: float = Field(300.0, gt=0.0)
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
 
     @classmethod

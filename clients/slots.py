@@ -32,6 +32,7 @@ from typing import Any
 from aggregation.durable import StorageError, write_bytes, write_folder
 from clients.errors import ClientError
 from clients.partial import Partial, storage_error
+from clients.trust_verdict import SignedRelease
 
 log = logging.getLogger("airpeft.clients.slots")
 
@@ -74,6 +75,24 @@ class SlotRecord:
     base_digest: str
     rollout: str = ""
     round_sequence: int = 0
+
+    @classmethod
+    def of(cls, release: SignedRelease) -> SlotRecord:
+        """The record of a release that trust has accepted."""
+        return cls(
+            release=release.name,
+            channel=release.channel,
+            counter=release.counter,
+            target=release.target,
+            sha256=release.sha256,
+            length=release.length,
+            plain_length=release.plain_length,
+            adapter_digest=release.adapter_digest,
+            spec_digest=release.spec_digest,
+            base_digest=release.base_digest,
+            rollout=release.rollout,
+            round_sequence=release.sequence,
+        )
 
 
 @dataclass(frozen=True)
