@@ -33,6 +33,7 @@ STALL_SECONDS = 60.0
 BLOCK = 256 * 1024  # bytes that one reader must take within STALL_SECONDS
 CONNECTIONS = 512
 HEADERS_MAX = 8 * 1024  # bytes
+CLOSE = {"connection": "close"}
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})\Z", re.ASCII)
 
 
@@ -125,7 +126,7 @@ class MirrorServer:
             talk = _Talk(reader, writer)
             if self._free < 0:
                 why = "crowded"
-                await self._say(talk, HTTPStatus.SERVICE_UNAVAILABLE, {"retry-after": "2"})
+                await self._say(talk, HTTPStatus.SERVICE_UNAVAILABLE, {"retry-after": "2", **CLOSE})
                 return
             while await self._answer(talk):
                 pass
@@ -154,13 +155,13 @@ class MirrorServer:
             async with asyncio.timeout(self._header_seconds):
                 request = await talk.request()
         except h11.RemoteProtocolError as error:
-            await self._say(talk, HTTPStatus(error.error_status_hint), {})
+            await self._say(talk, HTTPStatus(error.error_status_hint), CLOSE)
             return False
         if request is None:
             return False
         path = unquote_to_bytes(request.target.partition(b"?")[0]).decode("latin-1").lstrip("/")
         if request.method not in (b"GET", b"HEAD"):
-            await self._say(talk, HTTPStatus.METHOD_NOT_ALLOWED, {"allow": "GET, HEAD"})
+            await self._say(talk, HTTPStatus.METHOD_NOT_ALLOWED, {"allow": "GET, HEAD", **CLOSE})
             return False
         if path == "metrics":
             text = generate_latest(self.metrics.registry)
