@@ -94,6 +94,7 @@ class Agent:
         policy: see :class:`AgentPolicy`.
         now: the device's clock, with a zone.
         backoff: makes a back-off from its two bounds.
+        expiring: whether the link shall be opened anew, for a new certificate.
         on_report: is shown each report, for metrics.
     """
 
@@ -112,12 +113,13 @@ class Agent:
         now: Callable[[], datetime],
         backoff: Callable[[float, float], Backoff],
         sources: Sources | None = None,
+        expiring: Callable[[], bool] = lambda: False,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
         self._slots, self._queue, self._connect = slots, queue, connect
         self._policy, self._now = policy, now
-        self._sources = sources or Sources()
+        self._sources, self._expiring = sources or Sources(), expiring
         self._stop = threading.Event()
         self._connection: Connection | None = None
         self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
@@ -292,6 +294,8 @@ class Agent:
                     self.consider(bundle, connection)
                 elif bundle is not None and self._due and not self._waits(self._due[0]):
                     self.consider(bundle, connection)
+                if self._expiring():
+                    return
         finally:
             self._connection = None
             self._reporter.offline(self.status.link)

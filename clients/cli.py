@@ -48,19 +48,28 @@ FormatOption = Annotated[
 )
 def enrol(
     bundle: Annotated[
-        Path, typer.Argument(help="Enrolment file, made by 'airpeft fleet token --out FILE'.")
+        Path, typer.Argument(help="Enrolment file, of 'airpeft fleet token' or 'fleet authorise'.")
     ],
     home: Home,
     base: Annotated[str, typer.Option(help="Base model: a known name or a folder.")] = "minilm",
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Exchange a one-time token for this device's certificate."""
+    """Get this device's certificate, for a one-time token or for an authorised key."""
     from clients.device import enrol_device
 
     with _errors():
         who = enrol_device(home, bundle, base=base)
     data = {"device_id": who.device_id, "fleet": who.fleet, "home": str(home)}
     _show("enrolment", data, output)
+
+
+@device.command(epilog="Example: airpeft device key --home ./device-1 > kitchen.pem")
+def key(home: Home) -> None:
+    """Print this device's public key, made if it has none, for 'airpeft fleet authorise'."""
+    from clients import identity
+
+    with _errors():
+        typer.echo(identity.public_key_of(identity.key_of(home)).decode(), nl=False)
 
 
 @device.command(

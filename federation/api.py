@@ -21,7 +21,14 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregation.durable import StorageError
-from federation.api_bodies import ReleaseRequest, RolloutRequest, TokenRequest, WhyRequest
+from federation.api_bodies import (
+    KeyRequest,
+    ReleaseRequest,
+    RevokeRequest,
+    RolloutRequest,
+    TokenRequest,
+    WhyRequest,
+)
 from federation.enrolment import Enrolment, EnrolmentError
 from federation.errors import FederationError
 from federation.fleet import Fleet, UnknownDeviceError
@@ -155,6 +162,18 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, who: Any) -> None:
             "authority_pem": desk.enrolment.authority_pem.decode(),
         }
 
+    @app.post("/v1/authorised-keys", status_code=201)
+    def authorise_key(body: KeyRequest, operator: who) -> dict[str, Any]:
+        expires = desk.enrolment.authorise_key(
+            body.public_key.encode(),
+            who=operator,
+            device_id=body.device_id,
+            tags=body.tags,
+            seconds=body.seconds,
+        )
+        authority = desk.enrolment.authority_pem.decode()
+        return {**desk.endpoints(), "expires": expires, "authority_pem": authority}
+
     @app.get("/v1/devices")
     def devices(operator: who) -> dict[str, Any]:
         newest = desk.repository.versions()["timestamp"]
@@ -165,8 +184,8 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, who: Any) -> None:
         return desk.fleet.device(device_id)
 
     @app.post("/v1/devices/{device_id}/revoke")
-    def revoke(device_id: str, body: WhyRequest, operator: who) -> dict[str, Any]:
-        desk.fleet.revoke(device_id, who=operator, why=body.why)
+    def revoke(device_id: str, body: RevokeRequest, operator: who) -> dict[str, Any]:
+        desk.fleet.revoke(device_id, who=operator, why=body.why, serial=body.serial)
         desk.wake()
         return desk.fleet.device(device_id)
 

@@ -4,7 +4,7 @@ The tree (each leaf stands beside the noun that raises it)::
 
     FederationError
     ├── StoreError          federation.store      the database cannot be opened or migrated
-    ├── EnrolmentError      federation.enrolment  token or certificate request refused; has a reason
+    ├── EnrolmentError      federation.permits    token or certificate request refused; has a reason
     ├── ReportError         federation.reports    a report that is not what it claims to be
     ├── UnknownDeviceError  federation.fleet      no such device
     ├── RolloutError        federation.waves      impossible rollout, or a verb in the wrong state
