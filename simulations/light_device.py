@@ -6,8 +6,8 @@ two classes and one adapted matrix, in NumPy.
 
     python -m simulations.light_device HOME [MAX_SECONDS_BETWEEN_TRIES]
 
-It runs in an enrolled home until SIGTERM and writes ``received.json`` there: bytes of payload that
-were taken in and bytes that had to be taken in.
+It runs in an enrolled home until SIGTERM and writes ``received.json`` there: how many bytes of
+payload and of metadata it took in.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from clients.slots import Slots
 from clients.sources import Sources
 from clients.telemetry import ReportQueue
 from clients.trust import DeviceFacts, Trust
+from protos.messages import Heartbeat, MetadataBundle, WatchRequest
 
-WIDTH = 1024
+WIDTH = 4096
 LABELS = ("no", "yes")
 MODULE = "encoder"
 BASE_DIGEST = "sha256:" + hashlib.sha256(b"airpeft light engine 1").hexdigest()
 
 
 def light_adapter(seed: int, rank: int = 64) -> Adapter:
-    """An adapter for the light engine; at rank 64 its payload has about a quarter of a megabyte."""
+    """An adapter for the light engine; at rank 256 its payload has about 3 MB."""
     module = ModuleSpec(MODULE, WIDTH, WIDTH, rank, 2.0 * rank)
     spec = AdapterSpec(BASE_DIGEST, (module,), task="sequence-classification", labels=LABELS)
     rng = np.random.default_rng(seed)
@@ -116,12 +117,10 @@ class CountedSources(Sources):
     """Sources that keep count of the bytes they hand out."""
 
     received = 0
-    needed = 0
 
     def download(self, path: str, length: int, fleet: Connection | None) -> Download:
         """As the parent does, with every way counted."""
         made = super().download(path, length, fleet)
-        self.needed += length
         made.wrap(self._counted)
         return made
 
@@ -132,6 +131,19 @@ class CountedSources(Sources):
                 yield chunk
 
         return Way(way.name, fetch)
+
+
+class MeteredConnection(Connection):
+    """A connection that keeps count of the metadata that comes over it, for all of them."""
+
+    metadata = 0
+
+    def watch(self, request: WatchRequest) -> Iterator[MetadataBundle | Heartbeat]:
+        """As the parent does."""
+        for event in super().watch(request):
+            if isinstance(event, MetadataBundle):
+                MeteredConnection.metadata += sum(map(len, event.files.values()))
+            yield event
 
 
 def light_agent(
@@ -183,14 +195,14 @@ def main(home: Path, wait: float = 1.0) -> None:
     stop_on_signals(stop)
     die_with_parent()
     sources = CountedSources()
-    agent, _ = light_agent(home, sources=sources, wait=wait)
+    agent, _ = light_agent(home, sources=sources, connect=MeteredConnection, wait=wait)
     agent.start()
     worker = threading.Thread(target=agent.run, daemon=True)
     worker.start()
     stop.wait()
     agent.stop()
     worker.join(10.0)
-    told = {"received": sources.received, "needed": sources.needed}
+    told = {"received": sources.received, "metadata": MeteredConnection.metadata}
     write_bytes(home / "received.json", json.dumps(told).encode())
 
 
