@@ -104,6 +104,7 @@ class FleetService:
         heartbeat: seconds between two of them.
         downloads: Fetch calls at once; eight times as many wait for a place.
         patience: seconds that one of them waits.
+        stall: seconds that one chunk may wait for its reader.
     """
 
     def __init__(
@@ -117,11 +118,12 @@ class FleetService:
         heartbeat: float = HEARTBEAT,
         downloads: int = DOWNLOADS,
         patience: float = PATIENCE,
+        stall: float = STALL,
     ) -> None:
         self._fleet, self._feed, self._chunks, self._metrics = fleet, feed, chunks, metrics
         self._reported, self._heartbeat = reported, heartbeat
         self._places, self._waiting = asyncio.Semaphore(downloads), 0
-        self._room, self._patience = WAITING * downloads, patience
+        self._room, self._patience, self._stall = WAITING * downloads, patience, stall
         self._turned_away, self._turned_until = 0, 0.0
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -136,7 +138,7 @@ class FleetService:
     async def watch(self, raw: bytes, context: Context) -> None:
         """Metadata now, at every change, and heartbeats in between."""
         device, serial = await self._admit(context)
-        request = await _parse(pb.WatchRequest, raw, context)
+        request = await _parse(pb.WatchRequest, raw, context, self._metrics)
         sent = b""
         with (
             self._metrics.streams.track_inprogress(),
@@ -160,7 +162,7 @@ class FleetService:
     async def fetch(self, raw: bytes, context: Context) -> None:
         """One file from an offset to its end."""
         await self._admit(context)
-        request = await _parse(pb.FetchRequest, raw, context)
+        request = await _parse(pb.FetchRequest, raw, context, self._metrics)
         if not await self._place():
             self._metrics.fetches.labels("turned-away").inc()
             context.set_trailing_metadata((("retry-after-ms", str(self._return_ms())),))
@@ -210,20 +212,20 @@ class FleetService:
             await context.abort(Code.OUT_OF_RANGE, f"offset {offset} is beyond {file.length}")
         now = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(STALL) as patience:
+            async with asyncio.timeout(self._stall) as patience:
                 for message in file.after(offset):
                     await context.write(message)
-                    patience.reschedule(now() + STALL)
+                    patience.reschedule(now() + self._stall)
                     self._metrics.fetched.inc(len(message))
         except TimeoutError:
             self._metrics.stalled.inc()
-            await context.abort(Code.DEADLINE_EXCEEDED, f"nothing was read for {STALL:g} s")
+            await context.abort(Code.DEADLINE_EXCEEDED, f"nothing was read for {self._stall:g} s")
         return "complete"
 
     async def report(self, raw: bytes, context: Context) -> bytes:
         """Take in signed reports; the answer says what is durable."""
         device, _ = await self._admit(context)
-        batch = await _parse(pb.ReportBatch, raw, context)
+        batch = await _parse(pb.ReportBatch, raw, context, self._metrics)
         try:
             through, new = await asyncio.to_thread(self._fleet.observe, device, batch.reports)
         except ReportError as error:
@@ -280,7 +282,7 @@ class EnrolmentService:
 
     async def enrol(self, raw: bytes, context: Context) -> bytes:
         """Exchange a token and a certificate request for a certificate."""
-        request = await _parse(pb.EnrolRequest, raw, context)
+        request = await _parse(pb.EnrolRequest, raw, context, self._metrics)
         try:
             reply = await asyncio.to_thread(self._enrolment.enrol, request)
         except EnrolmentError as error:
@@ -296,10 +298,11 @@ class EnrolmentService:
         return bytes(to_wire(reply).SerializeToString())
 
 
-async def _parse(kind: type[M], raw: bytes, context: Context) -> Any:
+async def _parse(kind: type[M], raw: bytes, context: Context, metrics: Metrics) -> Any:
     try:
         return from_wire(kind.FromString(raw))
     except (DecodeError, WireError) as error:
+        metrics.malformed.inc()
         await context.abort(Code.INVALID_ARGUMENT, f"{kind.DESCRIPTOR.name}: {error}")
 
 
