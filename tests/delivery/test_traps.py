@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,7 @@ class Open(Fleet):
 @asynccontextmanager
 async def station(folder: Path, **limits: Any) -> AsyncIterator[tuple[int, Feed, Metrics]]:
     store, metrics = Store.open(folder / "fleet.sqlite"), Metrics()
-    feed = Feed(lambda after: MetadataBundle({"timestamp.json": b"x" * feed_size[0]}))
-    feed_size = [2000]
-    feed.size = feed_size  # type: ignore[attr-defined]
+    feed = Feed(lambda after: MetadataBundle({"timestamp.json": b"x" * 2000}))
     (folder / "big").write_bytes(os.urandom(SIZE))
     chunks = ChunkCache(lambda path: folder / path, lambda: None)
     service = Service(Open(store), feed, chunks, metrics, lambda: None, **limits)
@@ -151,29 +149,39 @@ def test_a_reader_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_no_change_is_missed_by_a_stream_that_is_being_written(tmp_path: Path) -> None:
-    """The change comes while the reader's window is full, so the writing of the last one waits."""
+class Writing:
+    """A stream to which a change comes while the event before it is being written."""
 
+    def __init__(self, change: Callable[[], None]) -> None:
+        self.written: list[bytes] = []
+        self._change = change
+
+    async def write(self, message: bytes) -> None:
+        self.written.append(message)
+        if len(self.written) == 1:
+            self._change()
+        await asyncio.sleep(0)
+
+
+def test_no_change_is_missed_by_a_stream_that_is_being_written(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with station(tmp_path, heartbeat=600.0) as (port, feed, _):
-            feed.size[0] = 200_000  # type: ignore[attr-defined]
-            reader, writer = await dial(port)
-            writer.write(call(1, "Watch", pb.WatchRequest().SerializeToString(), False))
-            got = 0
-            async with asyncio.timeout(20):
-                async for kind, _, _, data in frames(reader):
-                    got += len(data) if kind == DATA else 0
-                    if got >= 65_535:
-                        break  # the window is used up: the write of the first event waits
-                feed.size[0] = 300_000  # type: ignore[attr-defined]
-                feed.wake()
-                writer.write(frame(8, 0, 0, struct.pack(">I", 2**30)))
-                writer.write(frame(8, 0, 1, struct.pack(">I", 2**30)))
-                async for kind, _, _, data in frames(reader):
-                    got += len(data) if kind == DATA else 0
-                    if got >= 500_000:
-                        break
-            writer.close()
+        files = {"timestamp.json": b"one"}
+        store, feed = Store.open(tmp_path / "fleet.sqlite"), Feed(lambda _: MetadataBundle(files))
+        chunks = ChunkCache(lambda path: tmp_path / path, lambda: None)
+        service = Service(Open(store), feed, chunks, Metrics(), lambda: None, heartbeat=600.0)
+
+        def change() -> None:
+            files["timestamp.json"] = b"two"
+            feed.wake()
+
+        stream = Writing(change)
+        watching = asyncio.create_task(service.watch(b"", stream))
+        async with asyncio.timeout(10):
+            while len(stream.written) < 2:
+                await asyncio.sleep(0.01)
+        assert b"two" in stream.written[1]
+        watching.cancel()
+        store.close()
 
     asyncio.run(scenario())
 
