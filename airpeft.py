@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "fleet": ("federation.cli", "fleet", "List the devices; make enrolment tokens."),
     "operators": ("federation.operators_cli", "operators", "Give out and take back tokens."),
     "audit": ("federation.operators_cli", "audit", "Read the audit log; verify its chain."),
+    "mirror": ("federation.mirror_cli", "mirror", "Copy releases to a stick; serve them; relay."),
     "device": ("clients.cli", "device", "Enrol and run a device."),
     "privacy": (
         "privacy.cli",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from clients.probe import HeldOut
 from clients.reporting import AgentStatus, Reporter
 from clients.runtime import Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
+from clients.sources import Sources
 from clients.telemetry import ReportQueue
 from clients.trust import (
     DeviceFacts,
@@ -76,11 +77,13 @@ class Agent:
         runtime: what serves them.
         queue: what is told to the fleet.
         connect: opens a connection; called again after each loss.
+        sources: where payloads come from, and metadata while the fleet is away; see there.
         held_out: the device's own labelled examples, if it has any.
         policy: see :class:`AgentPolicy`.
         now: the device's clock, with a zone.
         backoff: makes a back-off from its two bounds.
         permission: says when a release may be loaded; None: whenever its window is open.
+        expiring: whether the link shall be opened anew, for a new certificate.
         on_report: is shown each report, for metrics.
     """
 
@@ -99,11 +102,14 @@ class Agent:
         now: Callable[[], datetime],
         backoff: Callable[[float, float], Backoff],
         permission: Permission | None = None,
+        sources: Sources | None = None,
+        expiring: Callable[[], bool] = lambda: False,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
         self._slots, self._queue, self._connect = slots, queue, connect
         self._policy, self._now, self._runtime = policy, now, runtime
+        self._sources, self._expiring = sources or Sources(), expiring
         self._stop = threading.Event()
         self._connection: Connection | None = None
         self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
@@ -170,7 +176,8 @@ class Agent:
         while not self._stop.is_set():
             asked = 0.0
             try:
-                self._listen()
+                if self._sources.has_fleet:
+                    self._listen()
             except ConnectionLost as lost:
                 self._reporter.offline(str(lost))
                 asked = lost.retry_after
@@ -184,8 +191,9 @@ class Agent:
                 detail = f"{type(error).__name__}: {error}"
                 self._reporter.tell_once(DeviceEvent.FAILED, detail=detail)
                 self._reporter.offline(detail)
+            self._visit_mirrors()
             self._while_offline()
-            if self._stop.wait(self._reconnect.next(asked)):
+            if self._stop.wait(self._sources.pause(self._reconnect.next(asked))):
                 break
         self._queue.arrived.set()
         reporter.join(timeout=5.0)
@@ -198,8 +206,12 @@ class Agent:
         if connection is not None:
             connection.close()
 
-    def consider(self, bundle: MetadataBundle, connection: Connection | None) -> None:
-        """Judge one bundle and do what it orders; without a connection, as far as that goes.
+    def consider(self, bundle: MetadataBundle, connection: Connection | None) -> bool:
+        """Judge one bundle and do what it orders; whether it was believed.
+
+        Args:
+            bundle: from anywhere.
+            connection: the fleet's, if that is where the bundle comes from.
 
         Raises:
             ConnectionLost: while fetching; the bundle will come again with the next stream.
@@ -210,10 +222,11 @@ class Agent:
             verdict = self._trust.accept(bundle, device=self._device, now=self._now())
         except Rejected as rejected:
             self._leave_revoked()
-            if rejected.reason in IMPOSTOR:
-                self._reporter.doubt(str(rejected))
-            elif connection is not None:
-                self._reporter.believe(connection)
+            if connection is not None:
+                if rejected.reason in IMPOSTOR:
+                    self._reporter.doubt(str(rejected))
+                else:
+                    self._reporter.believe(connection)
             self._reporter.tell_once(
                 DeviceEvent.REJECTED,
                 reason=rejected.reason,
@@ -222,12 +235,12 @@ class Agent:
                 round_sequence=rejected.sequence,
                 detail=rejected.detail,
             )
-            return
+            return False
         except (TrustStateError, StorageError) as error:
             full = RejectReason.NO_SPACE if is_full(error.__cause__) else None
             self._reporter.tell_once(DeviceEvent.FAILED, reason=full, detail=str(error))
             self._due = ("", time.monotonic() + self._later.next())
-            return
+            return False
         if connection is not None:
             self._reporter.believe(connection)
         self._leave_revoked()
@@ -238,6 +251,7 @@ class Agent:
                 self._withdraw(verdict)
             case Install(release=release):
                 self._install(release, connection)
+        return True
 
     def _leave_revoked(self) -> None:
         try:
@@ -277,11 +291,6 @@ class Agent:
             return
         wait: Wait | None = None
 
-        def fetch(offset: int) -> Iterator[bytes]:
-            if connection is None:
-                raise ConnectionLost("the release is not downloaded, and there is no link")
-            return connection.fetch(release.path, offset)
-
         def hold() -> bool:
             nonlocal wait
             wait = self._permission.wait(release.window)
@@ -289,7 +298,7 @@ class Agent:
 
         outcome = self._installer.install(
             SlotRecord.of(release),
-            fetch,
+            self._sources.download(release.path, release.length, connection),
             lambda: self._trust.remember_bad(release),
             hold=hold,
             bake_seconds=release.bake_seconds,
@@ -333,10 +342,26 @@ class Agent:
                     self.consider(bundle, connection)
                 elif bundle is not None and self._due and not self._waits(self._due[0]):
                     self.consider(bundle, connection)
+                if self._expiring():
+                    return
         finally:
             self._connection = None
             self._reporter.offline(self.status.link)
             connection.close()
+
+    def _visit_mirrors(self) -> None:
+        """While the fleet is away: what the other sources know, in order, until one is believed."""
+        state = self._trust.state
+        try:
+            for name, bundle in self._sources.visit(state.root, state.version("timestamp")):
+                if self._stop.is_set() or self.consider(bundle, None):
+                    return
+                log.info("the metadata of source %s is refused", name)
+        except ConnectionLost as lost:
+            log.warning("no source brings the release: %s", lost)
+        except Exception as error:
+            log.exception("the sources could not be asked")
+            self._reporter.tell_once(DeviceEvent.FAILED, detail=f"{type(error).__name__}: {error}")
 
     def _watch_request(self) -> WatchRequest:
         active = self._active()

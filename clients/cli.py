@@ -48,19 +48,28 @@ FormatOption = Annotated[
 )
 def enrol(
     bundle: Annotated[
-        Path, typer.Argument(help="Enrolment file, made by 'airpeft fleet token --out FILE'.")
+        Path, typer.Argument(help="Enrolment file, of 'airpeft fleet token' or 'fleet authorise'.")
     ],
     home: Home,
     base: Annotated[str, typer.Option(help="Base model: a known name or a folder.")] = "minilm",
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Exchange a one-time token for this device's certificate."""
+    """Get this device's certificate, for a one-time token or for an authorised key."""
     from clients.device import enrol_device
 
     with _errors():
         who = enrol_device(home, bundle, base=base)
     data = {"device_id": who.device_id, "fleet": who.fleet, "home": str(home)}
     _show("enrolment", data, output)
+
+
+@device.command(epilog="Example: airpeft device key --home ./device-1 > kitchen.pem")
+def key(home: Home) -> None:
+    """Print this device's public key, made if it has none, for 'airpeft fleet authorise'."""
+    from clients import identity
+
+    with _errors():
+        typer.echo(identity.public_key_of(identity.key_of(home)).decode(), nl=False)
 
 
 @device.command(
@@ -78,6 +87,10 @@ def run(
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text looked at.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="How much accuracy may fall with a new release, 0 to 1.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="fleet, https://... or a folder; repeatable, asked in this order."),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
     die_with_parent: Annotated[
@@ -103,6 +116,7 @@ def run(
             "threads": threads,
             "max_length": max_length,
             "quality_tolerance": tolerance,
+            "sources": tuple(source) if source else None,
             "log_level": log_level,
         }
         settings = DeviceSettings.read(home, flags)

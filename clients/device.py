@@ -35,7 +35,7 @@ from typing import Any
 
 from aggregation.durable import write_bytes
 from clients import health, identity
-from clients.connection import Connection, enrol
+from clients.connection import enrol
 from clients.device_settings import DeviceError, DeviceSettings
 from clients.identity import Identity
 from protos.messages import EnrolRequest
@@ -51,11 +51,13 @@ _PDEATHSIG = 1  # prctl(2)
 def enrol_device(home: Path, bundle: Path, *, base: str) -> Identity:
     """Use an enrolment file: make a key, ask for a certificate, keep what comes back.
 
+    The file has a one-time token, or none where an operator has authorised this device's key.
+
     Asking again with the same file after an interruption is safe: key and token stay the same.
 
     Args:
         home: the device's home folder; made if missing.
-        bundle: what ``airpeft fleet token --out`` wrote.
+        bundle: what ``airpeft fleet token --out`` or ``fleet authorise --out`` wrote.
         base: base model, for the inventory; it must be there.
 
     Raises:
@@ -83,7 +85,7 @@ def enrol_device(home: Path, bundle: Path, *, base: str) -> Identity:
         ),
     )
     reply = enrol(fields["enrol"], fields["authority_pem"].encode(), request)
-    return identity.save(home, reply, key_pem=key, fleet=fields["fleet"])
+    return identity.save(home, reply, key_pem=key, fleet=fields["fleet"], enrol=fields["enrol"])
 
 
 def run_device(
@@ -143,7 +145,9 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
     from clients.peft_runtime import PeftRuntime
     from clients.permission import Permission
     from clients.probe import HeldOut
+    from clients.renewal import Keeper
     from clients.slots import Slots
+    from clients.sources import open_sources
     from clients.telemetry import ReportQueue
     from clients.trust import DeviceFacts, Trust
     from clients.watch import WatchPolicy
@@ -167,6 +171,14 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
     )
     metrics = DeviceMetrics()
     rng = random.SystemRandom()  # jitter must differ between devices that start together
+    trust = Trust(home / "trust", who.root)
+    keeper = Keeper(
+        home,
+        who,
+        # A clock that was set back must not keep a certificate alive for ever.
+        now=lambda: max(datetime.now(UTC), datetime.fromtimestamp(trust.state.time_floor, UTC)),
+        backoff=Backoff(rng, base=60.0, cap=3600.0),
+    )
     agent = Agent(
         home,
         device=DeviceFacts(
@@ -177,11 +189,18 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
             machine=platform.machine(),
             memory_mib=psutil.virtual_memory().total >> 20,
         ),
-        trust=Trust(home / "trust", who.root),
+        trust=trust,
         slots=Slots(home),
         runtime=runtime,
         queue=queue,
-        connect=lambda: Connection(who),
+        connect=keeper.connect,
+        expiring=keeper.is_due,
+        sources=open_sources(
+            settings.sources,
+            seconds=settings.mirror_seconds,
+            authorities=_authorities(settings, who),
+            count=metrics.source,
+        ),
         held_out=held_out,
         policy=AgentPolicy(
             install=InstallPolicy(
@@ -208,6 +227,17 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         return {**device, **asdict(agent.status)}
 
     return agent, Endpoint(runtime, status=status, metrics=metrics, port=settings.port)
+
+
+def _authorities(settings: DeviceSettings, who: Identity) -> list[bytes]:
+    if settings.source_authority is None:
+        return [who.authority_pem]
+    try:
+        return [who.authority_pem, settings.source_authority.read_bytes()]
+    except OSError as error:
+        raise DeviceError(
+            f"setting 'source_authority': cannot read {settings.source_authority}: {error.strerror}"
+        ) from None
 
 
 def read_status(home: Path) -> dict[str, Any]:
@@ -268,7 +298,7 @@ def die_with_parent() -> None:
 
 
 def _read_bundle(path: Path) -> dict[str, str]:
-    wanted = ("enrol", "fleet", "token", "authority_pem")
+    wanted = ("enrol", "fleet", "authority_pem")
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -288,7 +318,8 @@ def _read_bundle(path: Path) -> dict[str, str]:
             f"{path} is not an enrolment file: {', '.join(missing)} missing; the operator makes "
             "one with 'airpeft fleet token --out FILE'"
         )
-    return {key: document[key] for key in wanted}
+    token = document.get("token", "")  # none: the operator has authorised this device's key
+    return {"token": str(token), **{key: document[key] for key in wanted}}
 
 
 @contextmanager

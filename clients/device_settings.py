@@ -42,6 +42,10 @@ class DeviceSettings(BaseSettings):
             load a release. A file update.lock in the home folder says the same.
         watch_seconds: after an install the device watches its health for at least so long.
         later_seconds: first and largest bound of the wait before a failed install is tried again.
+        sources: where releases come from, in order: fleet, https://..., folders (clients.sources).
+        source_authority: certificate (PEM) that HTTPS sources may be signed by, beside the fleet's
+            authority and the system's.
+        mirror_seconds: between two looks at the sources while the fleet is away.
         log_level: of the ``airpeft`` loggers.
     """
 
@@ -62,6 +66,9 @@ class DeviceSettings(BaseSettings):
     time_zone: str = ""
     update_lock: tuple[str, ...] = ()
     watch_seconds: float = Field(60.0, ge=0.0, le=86_400.0)
+    sources: tuple[str, ...] = ("fleet",)
+    source_authority: Path | None = None
+    mirror_seconds: float = Field(300.0, gt=0.0)
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
 
     @field_validator("time_zone")

@@ -78,6 +78,18 @@ class DeviceMetrics:
             "airpeft_device_memory_bytes", "Resident memory.", registry=self.registry
         )
 
+        self._sources = Counter(
+            "airpeft_device_source_tries",
+            "Tries of a source of releases, by its kind and how the try ended.",
+            ["kind", "result"],
+            registry=self.registry,
+        )
+
+    def source(self, name: str, result: str) -> None:
+        """Count one try of a source."""
+        kind = name if name == "fleet" else "folder" if name.startswith("/") else "https"
+        self._sources.labels(kind, result).inc()
+
     def request(self, status: int, seconds: float) -> None:
         """Count one request."""
         self._requests.labels(str(status)).inc()

@@ -16,10 +16,12 @@ A kill during an enrolment leaves no ``identity.json``; enrolling again uses the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -46,6 +48,8 @@ class Identity:
         certificate_pem: the device certificate, with its chain if there is one.
         authority_pem: what server certificates are checked against.
         root: trusted TUF root metadata.
+        enrol: ``host:port`` of the enrolment service, where the certificate is renewed; empty for
+            a device that was enrolled before there was renewal.
     """
 
     device_id: str
@@ -54,9 +58,16 @@ class Identity:
     certificate_pem: bytes
     authority_pem: bytes
     root: bytes
+    enrol: str = ""
 
     def __repr__(self) -> str:  # the key must not end up in a log
         return f"Identity(device_id={self.device_id!r}, fleet={self.fleet!r})"
+
+    @property
+    def life(self) -> tuple[datetime, datetime]:
+        """From when to when the certificate holds."""
+        certificate = x509.load_pem_x509_certificate(self.certificate_pem)
+        return certificate.not_valid_before_utc, certificate.not_valid_after_utc
 
     def sign(self, body: bytes) -> bytes:
         """ECDSA P-256 with SHA-256 over ``body``, DER: how reports are signed."""
@@ -93,7 +104,7 @@ def certificate_request(key_pem: bytes, *, name: str = "device") -> bytes:
     return signed.public_bytes(serialization.Encoding.PEM)
 
 
-def save(home: Path, reply: EnrolReply, *, key_pem: bytes, fleet: str) -> Identity:
+def save(home: Path, reply: EnrolReply, *, key_pem: bytes, fleet: str, enrol: str = "") -> Identity:
     """Keep what the enrolment gave, after checking that it belongs to this device's key.
 
     Raises:
@@ -105,9 +116,38 @@ def save(home: Path, reply: EnrolReply, *, key_pem: bytes, fleet: str) -> Identi
     write_bytes(folder / "certificate.pem", reply.certificate)
     write_bytes(folder / "authority.pem", reply.authority)
     write_bytes(folder / "root.json", reply.root)
-    document = {"schema": 1, "device_id": reply.device_id, "fleet": fleet}
+    document = {"schema": 1, "device_id": reply.device_id, "fleet": fleet, "enrol": enrol}
     write_bytes(folder / "identity.json", json.dumps(document, sort_keys=True).encode())
     return load(home)
+
+
+def renewed(home: Path, who: Identity, certificate: bytes) -> Identity:
+    """Keep the next certificate, after checking that it is this device's and the authority's.
+
+    Raises:
+        IdentityError: it is not, or holds no longer than the one before.
+        StorageError: it could not be written; the one before is still there.
+    """
+    _check_certificate(certificate, who.key_pem, who.device_id)
+    try:
+        issuer = x509.load_pem_x509_certificate(who.authority_pem)
+        x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise IdentityError(f"the new certificate is not of this fleet: {error!r}") from None
+    after = replace(who, certificate_pem=certificate)
+    if after.life[1] <= who.life[1]:
+        raise IdentityError(f"the new certificate ends at {after.life[1]}, as the old one does")
+    write_bytes(home / FOLDER / "certificate.pem", certificate)
+    return after
+
+
+def public_key_of(key_pem: bytes) -> bytes:
+    """The public half (PEM), for an operator who authorises it."""
+    return (
+        _private_key(key_pem, "key.pem")
+        .public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
 
 
 def load(home: Path) -> Identity:
@@ -126,6 +166,7 @@ def load(home: Path) -> Identity:
             certificate_pem=(folder / "certificate.pem").read_bytes(),
             authority_pem=(folder / "authority.pem").read_bytes(),
             root=(folder / "root.json").read_bytes(),
+            enrol=str(document.get("enrol", "")),
         )
     except FileNotFoundError as error:
         raise IdentityError(

@@ -30,12 +30,13 @@ from typing import Any
 from aggregation.adapter import Adapter
 from aggregation.durable import StorageError
 from clients.connection import Denied
+from clients.download import Download, obtain
 from clients.health import NoSpace, require_space
 from clients.health import measure as measure_health
 from clients.inspection import Refusal, open_payload
 from clients.install_policy import InstallPolicy, Outcome, Tell
 from clients.link import Backoff
-from clients.partial import Fetch, PayloadMismatch, fill
+from clients.partial import PayloadMismatch
 from clients.probe import SELF_TEST, HeldOut, SelfTestError, latency_of, self_test
 from clients.quality import QualityGate
 from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
@@ -92,7 +93,7 @@ class Installer:
     def install(
         self,
         record: SlotRecord,
-        fetch: Fetch,
+        download: Download,
         forget: Callable[[], None],
         *,
         hold: Callable[[], bool] = lambda: False,
@@ -102,7 +103,7 @@ class Installer:
 
         Args:
             record: the signed facts of a release that trust has accepted.
-            fetch: the payload's bytes from an offset on.
+            download: the payload's bytes, from wherever they are to be had.
             forget: remembers the release as bad, durably.
             hold: whether it shall only be staged for now; asked when it is.
             bake_seconds: for how long the device watches its health after the commit.
@@ -111,7 +112,7 @@ class Installer:
             ConnectionLost: the link is gone; what was fetched stays.
         """
         try:
-            fetched = self._stage(record, fetch)
+            fetched = self._stage(record, download)
             if hold():
                 return Outcome.WAITING
             with self._changing:
@@ -159,7 +160,7 @@ class Installer:
 
     # --- the steps --------------------------------------------------------------------------------
 
-    def _stage(self, record: SlotRecord, fetch: Fetch) -> int:
+    def _stage(self, record: SlotRecord, download: Download) -> int:
         """Fetch, decode and guard; then into the idle slot. The bytes that had to be fetched."""
         slots = self._slots
         if slots.state.trial is not None:
@@ -173,14 +174,14 @@ class Installer:
             data = None
             self._open(record, slots.idle_payload())
         else:
-            data = self._obtain(record, fetch)
+            data = self._obtain(record, download)
             self._report(record, DeviceEvent.DOWNLOADED, payload_bytes=record.length)
             self._open(record, data)
         slots.stage(record, data)
         self._report(record, DeviceEvent.STAGED)
         return len(data) if data is not None else 0
 
-    def _obtain(self, record: SlotRecord, fetch: Fetch) -> bytes:
+    def _obtain(self, record: SlotRecord, download: Download) -> bytes:
         if record.length > self._policy.max_payload_bytes:
             raise Refusal(
                 DeviceEvent.REJECTED,
@@ -190,9 +191,8 @@ class Installer:
         partial = self._slots.partial(record.sha256, record.length)
         require_space(self._home, 2 * record.length - partial.offset)
         try:
-            policy = self._policy
-            fill(partial, fetch, backoff=self._backoff, stop=self._stop, tries=policy.fetch_tries)
-            return partial.finish()
+            tries = self._policy.fetch_tries
+            return obtain(partial, download, backoff=self._backoff, stop=self._stop, tries=tries)
         except PayloadMismatch as error:
             # Not the release's fault but its carrier's: an honest one may bring it yet.
             reason = RejectReason.PAYLOAD_DIGEST

@@ -19,7 +19,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aggregation.durable import StorageError
-from federation.api_bodies import ReleaseRequest, TagsRequest, TokenRequest, WhyRequest
+from federation.api_bodies import (
+    KeyRequest,
+    ReleaseRequest,
+    RevokeRequest,
+    TagsRequest,
+    TokenRequest,
+)
 from federation.api_operators import add_operator_routes
 from federation.api_rollouts import add_rollout_routes
 from federation.api_trust import add_trust_routes
@@ -159,6 +165,18 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
             "authority_pem": desk.enrolment.authority_pem.decode(),
         }
 
+    @app.post("/v1/authorised-keys", status_code=201)
+    def authorise_key(body: KeyRequest, operator: operate) -> dict[str, Any]:
+        expires = desk.enrolment.authorise_key(
+            body.public_key.encode(),
+            who=operator,
+            device_id=body.device_id,
+            tags=body.tags,
+            seconds=body.seconds,
+        )
+        authority = desk.enrolment.authority_pem.decode()
+        return {**desk.endpoints(), "expires": expires, "authority_pem": authority}
+
     @app.get("/v1/devices")
     def devices(operator: look, where: Where = "") -> dict[str, Any]:
         newest = desk.repository.versions()["timestamp"]
@@ -169,8 +187,8 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
         return desk.fleet.device(device_id)
 
     @app.post("/v1/devices/{device_id}/revoke")
-    def revoke(device_id: str, body: WhyRequest, operator: operate) -> dict[str, Any]:
-        desk.fleet.revoke(device_id, who=operator, why=body.why)
+    def revoke(device_id: str, body: RevokeRequest, operator: operate) -> dict[str, Any]:
+        desk.fleet.revoke(device_id, who=operator, why=body.why, serial=body.serial)
         desk.wake()
         return desk.fleet.device(device_id)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from federation.enrolment import TOKEN_SECONDS
+from federation.enrolment import AUTHORISED_SECONDS, TOKEN_SECONDS
 from federation.operators import Role
 from federation.policy import OnSuccess, Policy, Retries
 
@@ -21,6 +21,15 @@ class TokenRequest(Strict):
     device_id: str | None = None
     tags: dict[str, str] = Field(default_factory=dict, max_length=32)
     seconds: float = TOKEN_SECONDS
+
+
+class KeyRequest(Strict):
+    """A wish to authorise a device's public key, in PEM."""
+
+    public_key: str = Field(max_length=4096)
+    device_id: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict, max_length=32)
+    seconds: float = AUTHORISED_SECONDS
 
 
 class ReleaseRequest(Strict):
@@ -93,3 +102,9 @@ class WhyRequest(Strict):
     """An operator's words for the audit log."""
 
     why: str = Field(default="", max_length=500)
+
+
+class RevokeRequest(WhyRequest):
+    """A device, or only one certificate of it by its serial (hex)."""
+
+    serial: str | None = Field(default=None, pattern="^[0-9a-f]{1,64}$")

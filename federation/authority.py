@@ -28,7 +28,7 @@ from protos.channel import SERVER_NAME, ServerTls
 AUTHORITY_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=365)
 SERVER_RENEW = timedelta(days=60)  # a start with less than this left makes a new one
-DEVICE_LIFE = timedelta(days=365)
+DEVICE_LIFE = timedelta(days=30)  # devices renew by themselves long before
 BACKDATE = timedelta(minutes=10)  # for devices whose clock is a little behind
 
 _PEM = serialization.Encoding.PEM
@@ -44,6 +44,7 @@ class DeviceCertificate:
 
     pem: bytes
     serial: str  # hex
+    expires: float  # Unix seconds
     public_key: bytes  # SubjectPublicKeyInfo, DER
 
 
@@ -62,21 +63,28 @@ class Authority:
         """The public certificate."""
         return self.certificate.public_bytes(_PEM)
 
-    def issue(self, request: bytes, device_id: str, now: datetime) -> DeviceCertificate:
+    def issue(
+        self, request: bytes, device_id: str, now: datetime, life: timedelta = DEVICE_LIFE
+    ) -> DeviceCertificate:
         """A certificate for the key in a PKCS#10 request, under a name of our choice.
 
         Nothing but the key is taken from the request: no name, no extension.
+
+        Args:
+            request: PEM.
+            device_id: the common name.
+            now: with a zone.
+            life: how long it holds.
 
         Raises:
             AuthorityError: not a request, a wrong signature, or not an EC P-256 key.
         """
         public = public_key_of(request)
-        certificate = self._sign(
-            device_id, public, now, DEVICE_LIFE, [], ExtendedKeyUsageOID.CLIENT_AUTH
-        )
+        certificate = self._sign(device_id, public, now, life, [], ExtendedKeyUsageOID.CLIENT_AUTH)
         return DeviceCertificate(
             pem=certificate.public_bytes(_PEM),
             serial=f"{certificate.serial_number:x}",
+            expires=certificate.not_valid_after_utc.timestamp(),
             public_key=spki(public),
         )
 
@@ -184,6 +192,22 @@ def public_key_of(request: bytes) -> ec.EllipticCurvePublicKey:
     if not valid:
         raise AuthorityError("certificate request: its signature is wrong")
     return public
+
+
+def read_public_key(pem: bytes) -> bytes:
+    """A public key in PEM as SubjectPublicKeyInfo, DER.
+
+    Raises:
+        AuthorityError: it is none, or not EC P-256.
+    """
+    try:
+        public = serialization.load_pem_public_key(pem)
+    except Exception as error:
+        # Several kinds, as in public_key_of; whatever it says, the key is refused.
+        raise AuthorityError(f"public key: not one in PEM: {error}") from None
+    if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
+        raise AuthorityError("public key: it must be EC P-256")
+    return spki(public)
 
 
 def spki(public: ec.EllipticCurvePublicKey) -> bytes:

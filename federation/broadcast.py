@@ -39,6 +39,8 @@ ENROLMENT = "airpeft.v1.Enrolment"
 HEARTBEAT = 60.0  # seconds
 STALL = 60.0  # seconds that one chunk may wait for its reader
 DOWNLOADS = 256  # at once
+WAITING = 8  # times as many may wait for a place, for
+PATIENCE = 15.0  # seconds: half of the silence that a device bears with
 
 Code = grpc.StatusCode
 Context = Any  # grpc.aio.ServicerContext; its stubs ask for two type parameters nobody needs
@@ -57,7 +59,7 @@ class Feed:
     def __init__(self, bundle: Callable[[int], MetadataBundle]) -> None:
         self._bundle = bundle
         self._ready: dict[int, bytes] = {}
-        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
 
     def current(self, root_version: int) -> bytes:
@@ -73,7 +75,7 @@ class Feed:
     def wake(self) -> None:
         """Something may have changed: let every waiting stream look."""
         self._ready.clear()
-        waiting, self._next = self._next, asyncio.get_running_loop().create_future()
+        waiting, self.change = self.change, asyncio.get_running_loop().create_future()
         waiting.set_result(None)
 
     def close(self) -> None:
@@ -81,9 +83,13 @@ class Feed:
         self.closed = True
         self.wake()
 
-    async def wait(self, timeout: float) -> None:
-        """Until :meth:`wake`, or for ``timeout`` seconds."""
-        await asyncio.wait([self._next], timeout=timeout)
+    async def wait(self, change: asyncio.Future[None], timeout: float) -> None:
+        """Until the :meth:`wake` after ``change`` was current, or for ``timeout`` seconds.
+
+        Whoever takes :attr:`change` before reading what is current misses nothing, however long
+        the writing of it takes.
+        """
+        await asyncio.wait([change], timeout=timeout)
 
 
 class FleetService:
@@ -96,7 +102,9 @@ class FleetService:
         metrics: what is counted.
         reported: called (in the event loop) when there are new reports.
         heartbeat: seconds between two of them.
-        downloads: Fetch calls at once.
+        downloads: Fetch calls at once; eight times as many wait for a place.
+        patience: seconds that one of them waits.
+        stall: seconds that one chunk may wait for its reader.
     """
 
     def __init__(
@@ -109,10 +117,14 @@ class FleetService:
         *,
         heartbeat: float = HEARTBEAT,
         downloads: int = DOWNLOADS,
+        patience: float = PATIENCE,
+        stall: float = STALL,
     ) -> None:
         self._fleet, self._feed, self._chunks, self._metrics = fleet, feed, chunks, metrics
         self._reported, self._heartbeat = reported, heartbeat
-        self._free = downloads
+        self._places, self._waiting = asyncio.Semaphore(downloads), 0
+        self._room, self._patience, self._stall = WAITING * downloads, patience, stall
+        self._turned_away, self._turned_until = 0, 0.0
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the calls to a server. Requests come raw: what doesn't parse gets a status."""
@@ -126,13 +138,14 @@ class FleetService:
     async def watch(self, raw: bytes, context: Context) -> None:
         """Metadata now, at every change, and heartbeats in between."""
         device, serial = await self._admit(context)
-        request = await _parse(pb.WatchRequest, raw, context)
+        request = await _parse(pb.WatchRequest, raw, context, self._metrics)
         sent = b""
         with (
             self._metrics.streams.track_inprogress(),
             self._fleet.connected(device, request.timestamp_version),
         ):
             while True:
+                change = self._feed.change
                 newest = self._feed.current(request.root_version)
                 if newest != sent:
                     await context.write(newest)
@@ -140,7 +153,7 @@ class FleetService:
                     sent = newest
                 else:
                     await context.write(_heartbeat())
-                await self._feed.wait(self._heartbeat)
+                await self._feed.wait(change, self._heartbeat)
                 if self._feed.closed:
                     await context.abort(Code.UNAVAILABLE, "the server is stopping: come back")
                 if not self._fleet.admits(device, serial):
@@ -149,19 +162,43 @@ class FleetService:
     async def fetch(self, raw: bytes, context: Context) -> None:
         """One file from an offset to its end."""
         await self._admit(context)
-        request = await _parse(pb.FetchRequest, raw, context)
-        if self._free <= 0:
+        request = await _parse(pb.FetchRequest, raw, context, self._metrics)
+        if not await self._place():
             self._metrics.fetches.labels("turned-away").inc()
-            wait = str(500 + random.randrange(1500))  # noqa: S311  (jitter)
-            context.set_trailing_metadata((("retry-after-ms", wait),))
+            context.set_trailing_metadata((("retry-after-ms", str(self._return_ms())),))
             await context.abort(Code.RESOURCE_EXHAUSTED, "too many downloads: try again shortly")
-        self._free -= 1
         result = "cut"
         try:
             result = await self._send(request.path, request.offset, context)
         finally:
-            self._free += 1
+            self._places.release()
             self._metrics.fetches.labels(result).inc()
+
+    async def _place(self) -> bool:
+        """A place among the downloads, at once or after a while; False if there is none.
+
+        To wait costs a server less than to be turned away and to come back.
+        """
+        if self._places.locked() and self._waiting >= self._room:
+            return False
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._places.acquire()
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting -= 1
+        return True
+
+    def _return_ms(self) -> int:
+        """When to come back: the more were turned away lately, the later, and spread out."""
+        now = time.monotonic()
+        if now > self._turned_until:
+            self._turned_away, self._turned_until = 0, now + self._patience
+        self._turned_away += 1
+        crowd = min(20_000, 1000 * self._turned_away // max(1, self._room))
+        return 500 + random.randrange(1500 + crowd)  # noqa: S311  (jitter)
 
     async def _send(self, path: str, offset: int, context: Context) -> str:
         try:
@@ -173,19 +210,22 @@ class FleetService:
             await context.abort(Code.UNAVAILABLE, "the server cannot read this file: try later")
         if offset > file.length:
             await context.abort(Code.OUT_OF_RANGE, f"offset {offset} is beyond {file.length}")
-        for message in file.after(offset):
-            try:
-                async with asyncio.timeout(STALL):
+        now = asyncio.get_running_loop().time
+        try:
+            async with asyncio.timeout(self._stall) as patience:
+                for message in file.after(offset):
                     await context.write(message)
-            except TimeoutError:
-                await context.abort(Code.DEADLINE_EXCEEDED, f"nothing was read for {STALL:g} s")
-            self._metrics.fetched.inc(len(message))
+                    patience.reschedule(now() + self._stall)
+                    self._metrics.fetched.inc(len(message))
+        except TimeoutError:
+            self._metrics.stalled.inc()
+            await context.abort(Code.DEADLINE_EXCEEDED, f"nothing was read for {self._stall:g} s")
         return "complete"
 
     async def report(self, raw: bytes, context: Context) -> bytes:
         """Take in signed reports; the answer says what is durable."""
         device, _ = await self._admit(context)
-        batch = await _parse(pb.ReportBatch, raw, context)
+        batch = await _parse(pb.ReportBatch, raw, context, self._metrics)
         try:
             through, new = await asyncio.to_thread(self._fleet.observe, device, batch.reports)
         except ReportError as error:
@@ -242,7 +282,7 @@ class EnrolmentService:
 
     async def enrol(self, raw: bytes, context: Context) -> bytes:
         """Exchange a token and a certificate request for a certificate."""
-        request = await _parse(pb.EnrolRequest, raw, context)
+        request = await _parse(pb.EnrolRequest, raw, context, self._metrics)
         try:
             reply = await asyncio.to_thread(self._enrolment.enrol, request)
         except EnrolmentError as error:
@@ -258,10 +298,11 @@ class EnrolmentService:
         return bytes(to_wire(reply).SerializeToString())
 
 
-async def _parse(kind: type[M], raw: bytes, context: Context) -> Any:
+async def _parse(kind: type[M], raw: bytes, context: Context, metrics: Metrics) -> Any:
     try:
         return from_wire(kind.FromString(raw))
     except (DecodeError, WireError) as error:
+        metrics.malformed.inc()
         await context.abort(Code.INVALID_ARGUMENT, f"{kind.DESCRIPTOR.name}: {error}")
 
 

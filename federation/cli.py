@@ -62,6 +62,9 @@ def server(
         typer.Option(help="Passphrase of offline keys; or AIRPEFT_KEY_PASSPHRASE."),
     ] = None,
     heartbeat_seconds: Annotated[float, typer.Option(min=0.1, help="On idle streams.")] = 60.0,
+    certificate_days: Annotated[
+        float, typer.Option(min=0.01, max=3650, help="Life of a device certificate.")
+    ] = 30.0,
     new_admin_token: Annotated[
         bool, typer.Option("--new-admin-token", help="Replace the operator's token.")
     ] = False,
@@ -94,6 +97,7 @@ def server(
                 offline_keys=offline_keys,
                 passphrases=Passphrases(offline=_passphrase(passphrase_file)),
                 heartbeat_seconds=heartbeat_seconds,
+                certificate_days=certificate_days,
                 new_admin_token=new_admin_token,
                 die_with_parent=die_with_parent,
             )
@@ -240,9 +244,45 @@ def fleet_token(
     show("enrolment-token", data, format, lambda: typer.echo(text))
 
 
+@fleet.command("authorise")
+def fleet_authorise(
+    key: Annotated[Path, typer.Argument(help="Public key (PEM), from: airpeft device key")],
+    out: Annotated[Path, typer.Option(help="File for the device; it holds no secret.")],
+    device: Annotated[str | None, typer.Option(help="Name it shall have; else random.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; repeatable.")] = None,
+    days: Annotated[float, typer.Option(help="How long it can be used.")] = 90.0,
+    home: Home = HERE,
+    url: Url = None,
+    token_file: TokenFile = None,
+    format: AsFormat = Format.TABLE,  # noqa: A002
+) -> None:
+    """Let the device with this key enrol without a token.
+
+    Example: airpeft fleet authorise kitchen.pem --out enrol.json --device kitchen
+    """
+    from aggregation import durable
+
+    with plain_errors(), call_operator(home, url, token_file) as operator:
+        try:
+            text = key.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FederationError(f"cannot read the public key {key}: {error}") from error
+        made = operator.authorise_key(text, device_id=device, tags=_tags(tag), seconds=days * 86400)
+        document = {key: made[key] for key in ("enrol", "fleet", "authority_pem")}
+        durable.write_bytes(out, json.dumps(document, indent=2).encode())
+    data = {"file": str(out), "expires": made["expires"]}
+    line = (
+        f"{out}: this key's device, until {at(made['expires'])}; then: airpeft device enrol {out}"
+    )
+    show("authorised-key", data, format, lambda: typer.echo(line))
+
+
 @fleet.command("revoke")
 def fleet_revoke(
     device: Annotated[str, typer.Argument(help="Name of the device.")],
+    serial: Annotated[
+        str | None, typer.Option(help="Only this certificate (hex); the device may renew.")
+    ] = None,
     why: Why = "",
     home: Home = HERE,
     url: Url = None,
@@ -254,7 +294,7 @@ def fleet_revoke(
     Example: airpeft fleet revoke kitchen --why stolen
     """
     with plain_errors(), call_operator(home, url, token_file) as operator:
-        one = operator.revoke(device, why)
+        one = operator.revoke(device, why, serial)
     show("device", one, format, lambda: typer.echo(f"{device}: revoked"))
 
 

@@ -121,9 +121,27 @@ class OperatorClient:
         """One device with its newest reports."""
         return self._call("GET", f"/v1/devices/{device_id}")
 
-    def revoke(self, device_id: str, why: str = "") -> dict[str, Any]:
-        """Never admit this device again."""
-        return self._call("POST", f"/v1/devices/{device_id}/revoke", {"why": why})
+    def revoke(self, device_id: str, why: str = "", serial: str | None = None) -> dict[str, Any]:
+        """Never admit this device again; or only this certificate of it."""
+        body = {"why": why, "serial": serial}
+        return self._call("POST", f"/v1/devices/{device_id}/revoke", body)
+
+    def authorise_key(
+        self,
+        public_key: str,
+        *,
+        device_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        seconds: float = 90 * 86400.0,
+    ) -> dict[str, Any]:
+        """What a device with this key needs to enrol: enrol, fleet, expires, authority_pem."""
+        body = {
+            "public_key": public_key,
+            "device_id": device_id,
+            "tags": dict(tags or {}),
+            "seconds": seconds,
+        }
+        return self._call("POST", "/v1/authorised-keys", body)
 
     def adapters(self, channel: str = "") -> tuple[int, bytes]:
         """Version and bytes of the metadata that a channel's next release is made from."""

@@ -50,7 +50,9 @@ class Fleet:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._serials: dict[str, str] = {}  # of active devices; read on every call of a device
+        # serial: (device, expiry); of active devices, read on every call and wake of a device
+        self._serials: dict[str, tuple[str, float]] = {}
+        self._held: dict[str, set[str]] = {}  # serials by device
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._streams: Counter[str] = Counter()
@@ -59,21 +61,27 @@ class Fleet:
 
     def refresh(self, device_id: str | None = None) -> None:
         """Read again who is admitted; one device, or all of them."""
-        table = tables.devices
-        query = sa.select(table.c.id, table.c.serial).where(table.c.revoked.is_(None))
+        devices, issued = tables.devices, tables.certificates
+        query = sa.select(issued.c.serial, issued.c.device_id, issued.c.expires)
+        query = query.join(devices, devices.c.id == issued.c.device_id)
+        query = query.where(devices.c.revoked.is_(None), issued.c.revoked.is_(None))
+        query = query.where(issued.c.expires > self._store.clock())
         if device_id is not None:
-            query = query.where(table.c.id == device_id)
+            query = query.where(issued.c.device_id == device_id)
         with self._lock, self._store.read() as connection:
-            serials = {row.id: row.serial for row in connection.execute(query)}
+            found = {r.serial: (r.device_id, r.expires) for r in connection.execute(query)}
             if device_id is None:
-                self._serials = serials
-            else:
-                self._serials.pop(device_id, None)
-                self._serials.update(serials)
+                self._serials, self._held = found, {}
+            for serial in self._held.pop(device_id or "", ()):
+                self._serials.pop(serial, None)
+            self._serials.update(found)
+            for serial, (owner, _) in found.items():
+                self._held.setdefault(owner, set()).add(serial)
 
     def admits(self, device_id: str, serial: str) -> bool:
-        """Whether this certificate belongs to an enrolled device and is not revoked."""
-        return self._serials.get(device_id) == serial
+        """Whether this certificate is an enrolled device's, not expired and not revoked."""
+        known = self._serials.get(serial)
+        return known is not None and known[0] == device_id and self._store.clock() < known[1]
 
     def observe(self, device_id: str, signed: Sequence[SignedReport]) -> tuple[int, list[Report]]:
         """Take in reports, oldest first.
@@ -211,16 +219,30 @@ class Fleet:
                 for device_id, changes in seen.items():
                     connection.execute(_update(device_id).values(changes))
 
-    def revoke(self, device_id: str, *, who: str, why: str) -> None:
-        """Never admit this device again, and count it for nothing.
+    def revoke(self, device_id: str, *, who: str, why: str, serial: str | None = None) -> None:
+        """Never admit this device again, and count it for nothing; or one certificate of it.
+
+        Args:
+            device_id: the device.
+            who: the operator, for the audit log.
+            why: likewise.
+            serial: only this certificate (hex): the device may renew with its key.
 
         Raises:
-            UnknownDeviceError: no such device.
+            UnknownDeviceError: no such device, or no such certificate of it.
         """
+        issued, now = tables.certificates, self._store.clock()
         with self._store.write() as connection:
             _device(connection, device_id)
-            connection.execute(_update(device_id).values(revoked=self._store.clock()))
-            self._store.log(connection, who, "revoke", device_id, why)
+            change = issued.update().where(issued.c.device_id == device_id).values(revoked=now)
+            if serial is not None:
+                if connection.execute(change.where(issued.c.serial == serial)).rowcount == 0:
+                    raise UnknownDeviceError(f"{device_id} has no certificate {serial[:64]!r}")
+                self._store.log(connection, who, "revoke", f"{device_id} {serial}", why)
+            else:
+                connection.execute(change)
+                connection.execute(_update(device_id).values(revoked=now))
+                self._store.log(connection, who, "revoke", device_id, why)
         self.refresh(device_id)
 
     def tag(

@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class ServerConfig:
         offline_keys: made before; None makes them at the first start.
         tick_seconds: how often rollouts are looked at when nothing happens.
         heartbeat_seconds: on idle Watch streams.
+        certificate_days: life of a device certificate; devices renew by themselves.
         new_admin_token: replace the operator's token.
         die_with_parent: end when the starting process ends.
     """
@@ -72,6 +73,7 @@ class ServerConfig:
     passphrases: Passphrases = field(default_factory=Passphrases)
     tick_seconds: float = 1.0
     heartbeat_seconds: float = 60.0
+    certificate_days: float = 30.0
     new_admin_token: bool = False
     die_with_parent: bool = False
 
@@ -139,7 +141,8 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
     def wake() -> None:
         loop.call_soon_threadsafe(feed.wake)
 
-    enrolment = Enrolment(parts.store, parts.authority, parts.repository.root)
+    life = timedelta(days=config.certificate_days)
+    enrolment = Enrolment(parts.store, parts.authority, parts.repository.root, life=life)
     ticker = Ticker(parts.store, parts.fleet, parts.repository, wake)
     chunks = ChunkCache(parts.repository.locate, parts.metrics.altered.inc)
     service = FleetService(

@@ -52,6 +52,27 @@ devices = sa.Table(
     sa.Column("running", sa.String(200), nullable=False, server_default=""),
     sa.Column("before", sa.String(200), nullable=False, server_default=""),  # ran before that
     sa.Column("health", sa.JSON),
+    sa.Index("devices_by_key", "public_key"),
+)
+certificates = sa.Table(  # every one that was issued to a device; several may hold at a time
+    "certificates",
+    METADATA,
+    sa.Column("serial", sa.String(64), primary_key=True),  # hex
+    sa.Column("device_id", sa.String(64), nullable=False),
+    sa.Column("issued", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("revoked", sa.Float),
+    sa.Index("certificates_by_device", "device_id"),
+)
+authorised_keys = sa.Table(  # public keys that may enrol without a token
+    "authorised_keys",
+    METADATA,
+    sa.Column("digest", sa.String(64), primary_key=True),  # SHA-256 of the key (SPKI, DER), hex
+    sa.Column("device_id", sa.String(64)),
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float, nullable=False),
+    sa.Column("used", sa.Float),
 )
 reports = sa.Table(
     "reports",

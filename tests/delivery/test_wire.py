@@ -279,6 +279,8 @@ def test_malformed_bytes_get_a_status_and_nothing_else_happens(
             list(channel.unary_stream("/airpeft.v1.Fleet/Fetch")(long, timeout=10))
         assert "path: 100000 characters" in status_of(refused)[1]
     watch_once(device, device.tls)
+    with server.operator() as operator:
+        assert "airpeft_malformed_requests_total 5.0" in operator.metrics()
 
 
 # --- reports --------------------------------------------------------------------------------------
