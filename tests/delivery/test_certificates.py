@@ -158,7 +158,7 @@ def test_an_authorised_key_enrols_once_without_a_token(office: Office) -> None:
     office.refuses(late, "unknown-key")
 
 
-def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) -> None:
     office = Office(tmp_path)
     key = new_key()
     held = office.enrol(key, "kitchen")
@@ -167,7 +167,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -
         old.execute("DROP TABLE certificates")
         old.execute("DROP TABLE authorised_keys")
         old.execute("DROP INDEX devices_by_key")
-        old.execute("UPDATE alembic_version SET version_num = '0001'")
+        old.execute("UPDATE alembic_version SET version_num = '0002'")
     old.close()
     office = Office(tmp_path)
     assert office.fleet.admits("kitchen", serial_of(held))
