@@ -26,6 +26,7 @@ from pathlib import Path
 
 from aggregation import durable
 from clients.errors import ClientError
+from clients.trust_loader import Loader
 from clients.trust_metadata import Verification, check_root
 from clients.trust_rules import decide, read_round, read_standing
 from clients.trust_source import BundleSource, Refused
@@ -77,6 +78,7 @@ class Trust:
         self._root = root
         self._known = _stored_roots(folder / ROOTS)
         self._state = read_state(folder)
+        self._loader = Loader()
 
     @classmethod
     def bootstrap(cls, folder: Path, root: bytes) -> Trust:
@@ -135,6 +137,7 @@ class Trust:
                 state=self._state,
                 now=now,
                 built_unix=device.agent_built_unix,
+                loader=self._loader,
             )
         except Refused as error:
             raise Rejected(error.reason, error.detail) from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 
 from clients.trust_source import Refused
 from clients.trust_state import TrustState
@@ -79,8 +78,8 @@ def read_standing(believed: Believed, state: TrustState) -> TrustState:
     for role, content in believed.delegated.items():
         if role == ROUNDS_ROLE:
             continue
-        for statement in _statements(believed, role):
-            floors[statement.channel] = max(floors.get(statement.channel, 0), statement.floor)
+        for channel, floor in _floors(believed, role).items():
+            floors[channel] = max(floors.get(channel, 0), floor)
         try:
             said = Standing.from_field(content.unrecognized_fields.get(STANDING))
         except StatementError as error:
@@ -94,12 +93,26 @@ def read_standing(believed: Believed, state: TrustState) -> TrustState:
     return state.seen_floors(floors).seen_revoked(revoked)
 
 
-def _statements(believed: Believed, role: str) -> Iterator[ReleaseStatement]:
+def _floors(believed: Believed, role: str) -> dict[str, int]:
+    """The highest floor of each channel among a role's releases.
+
+    A statement is read as a whole only where its floor would count: there may be many of them.
+    """
+    claims = []
     for path, target in believed.delegated[role].targets.items():
-        if believed.role_of(path) == role:
-            # A release of a later schema binds those who understand it.
-            with contextlib.suppress(StatementError):
-                yield ReleaseStatement.from_custom(target.custom)
+        floor = target.custom.get("floor") if isinstance(target.custom, dict) else None
+        if type(floor) is int and floor > 0:
+            claims.append((floor, path, target))
+    floors: dict[str, int] = {}
+    for floor, path, target in sorted(claims, key=lambda claim: -claim[0]):
+        if floors.get(path.split("/")[1] if "/" in path else "", 0) >= floor:
+            continue
+        # A release of a later schema binds those who understand it.
+        with contextlib.suppress(StatementError):
+            statement = ReleaseStatement.from_custom(target.custom)
+            if believed.role_of(path) == role:
+                floors[statement.channel] = max(floors.get(statement.channel, 0), statement.floor)
+    return floors
 
 
 def decide(
