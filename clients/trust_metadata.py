@@ -128,14 +128,14 @@ class Verification:
         except exceptions.ExpiredMetadataError as error:
             raise Refused(
                 RejectReason.METADATA_EXPIRED,
-                f"{error}; this device takes it to be {self._moment():%Y-%m-%d %H:%M} UTC",
+                f"{error}; this device takes it to be {self.moment():%Y-%m-%d %H:%M} UTC",
             ) from None
         except Exception as error:
             # A hostile file can fail in many ways inside parsers and curves; all are refusals.
             kind = type(error).__name__
             raise Refused(RejectReason.METADATA_MALFORMED, f"{kind}: {error}"[:300]) from None
 
-    def _moment(self) -> datetime:
+    def moment(self) -> datetime:
         """The device's clock, but never before its software, its root and its last timestamp."""
         floor = min(max(self.state.time_floor, self._built, 0), LAST_SECOND)
         return max(self._now, datetime.fromtimestamp(floor, UTC))
@@ -170,7 +170,7 @@ class Verification:
         return trusted
 
     def _timestamp(self, trusted: TrustedMetadataSet) -> None:
-        trusted.reference_time = self._moment()
+        trusted.reference_time = self.moment()
         local = self._source.local("timestamp")
         if local is not None:
             with contextlib.suppress(exceptions.RepositoryError):
@@ -197,14 +197,14 @@ class Verification:
         if expired is not None:
             raise expired
         # The timestamp may have taught that it is later than this device thought.
-        trusted.reference_time = self._moment()
+        trusted.reference_time = self.moment()
         if news:
             self._source.keep("timestamp", data)
 
     def _learn_time(self, made: Any) -> None:
         if type(made) is not int or made < 0:
             raise Refused(RejectReason.METADATA_MALFORMED, f"{SIGNED_UNIX} is not a whole number")
-        latest = self._moment() + MAX_LEAP
+        latest = self.moment() + MAX_LEAP
         if made > latest.timestamp():
             raise Refused(
                 RejectReason.CLOCK,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from datetime import datetime
 
 from clients.trust_source import Refused
-from clients.trust_state import TrustState
+from clients.trust_state import MAX_CHANGES, TrustState
 from clients.trust_verdict import (
     Believed,
     DeviceFacts,
@@ -134,6 +135,25 @@ def decide(
     except Refused as error:
         raise _about(error, assignment, document) from None
     return Install(release)
+
+
+def limit_changes(
+    verdict: Verdict, state: TrustState, moment: datetime
+) -> tuple[Verdict, TrustState]:
+    """The verdict, unless a device has been sent to and fro too often within a day.
+
+    Args:
+        verdict: what the round asks for.
+        state: the marks.
+        moment: the time as the device believes it.
+    """
+    if isinstance(verdict, Stay):
+        return verdict, state
+    sha256 = verdict.release.sha256 if isinstance(verdict, Install) else ""
+    now = int(moment.timestamp())
+    if not state.may_follow(sha256, now):
+        return Stay(f"{MAX_CHANGES} changes within a day are enough; this one waits"), state
+    return verdict, state.followed(sha256, now)
 
 
 def _withdraw(document: RoundDocument, state: TrustState) -> Withdraw:
