@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from federation.keys import KeyFileError, KeyFolder
 from federation.release_cli import keys as keys_app
 from federation.release_cli import release as release_app
 from tests.delivery.rig import ServerProcess
@@ -239,3 +242,44 @@ def test_mistakes_in_a_change(publisher: Publisher, tmp_path: Path) -> None:
     assert "which server" in run(keys_app, "show", code=2)
     for words in (("init", tmp_path / "k", "--name", "a", "--holder", "b=c", "--no-passphrase"),):
         assert "NAME=PERSON" in run(keys_app, *words, code=2)
+
+
+def test_a_role_for_a_tenant(publisher: Publisher, tmp_path: Path) -> None:
+    here, out = ("--repository", publisher.repository.folder), tmp_path / "c"
+    names = ("acme-1", "acme-2", "acme-3")
+    made = [word for name in names for word in ("--name", name)]
+    run(keys_app, "init", tmp_path / "acme", *made, "--no-passphrase")
+    keys = [word for n in names for word in ("--key", tmp_path / "acme" / f"{n}.pub.json")]
+    words = ("delegate", "adapters-acme", "--channel", "acme-*", *keys, *here, "-o", out)
+    assert "adapters-acme: new, 2 of acme-1" in run(keys_app, *words, "--dry-run")
+    needs = data(keys_app, *words)["needs"]
+    assert [need["file"] for need in needs] == ["targets.json", "adapters-acme.json"]
+
+
+@pytest.mark.parametrize("second", ["correct horse", "battery staple"])
+def test_a_passphrase_by_prompt(tmp_path: Path, second: str) -> None:
+    """Asked for twice, on the terminal and not shown; a real terminal, as far as the child sees."""
+    child, terminal = pty.fork()
+    if child == 0:  # pragma: no cover  # another process
+        try:
+            words = ["keys", "init", str(tmp_path / "k"), "--name", "adapters-4"]
+            os.execv(sys.executable, [sys.executable, "-m", "airpeft", *words])  # noqa: S606
+        finally:
+            os._exit(127)
+    shown = b""
+    answers = [b"correct horse\n", f"{second}\n".encode(), b"x\n", b"x\n"]
+    while True:
+        try:
+            shown += os.read(terminal, 4_096)
+        except OSError:  # the child has closed its side
+            break
+        if shown.count(b": ") and shown.endswith(b": ") and answers:
+            os.write(terminal, answers.pop(0))
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert os.WEXITSTATUS(status) == 0, shown
+    assert b"correct horse" not in shown
+    key = KeyFolder(tmp_path / "k")
+    assert key.signer("adapters-4", "correct horse" if second == "correct horse" else "x")
+    with pytest.raises(KeyFileError, match="passphrase"):
+        key.signer("adapters-4", "another")
