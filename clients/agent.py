@@ -137,14 +137,7 @@ class Agent:
             backoff=backoff(*policy.reconnect),
             stop=self._stop,
         )
-        self._leaving = Leaving(
-            trust=trust,
-            slots=slots,
-            runtime=runtime,
-            restore=self._installer.restore,
-            tell=self._reporter.tell,
-            tell_commit=self._installer.tell_commit,
-        )
+        self._leaving = Leaving(trust, slots, runtime, self._installer, self._reporter)
 
     @property
     def status(self) -> AgentStatus:
@@ -153,12 +146,8 @@ class Agent:
 
     def start(self) -> None:
         """Serve what was committed last, and say so. Before :meth:`run`, once."""
-        try:
-            self._leaving.before_start()
-            version = self._installer.restore()
-        except StorageError as error:  # a revoked release: rather the base alone than that
-            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
-            version = self._runtime.pin()
+        fit = self._leaving.before_start()
+        version = self._installer.restore() if fit else self._runtime.pin()
         self._installer.tell_commit()
         self._reporter.tell(
             DeviceEvent.STARTED,
@@ -240,12 +229,7 @@ class Agent:
                 self._install(release, connection)
 
     def _leave_revoked(self) -> None:
-        try:
-            self._leaving.leave()
-        except StorageError as error:
-            self._reporter.tell_once(
-                DeviceEvent.FAILED, detail=f"a revoked release serves: {error}"
-            )
+        if not self._leaving.leave():
             self._due = ("", time.monotonic() + self._later.next())
 
     def _withdraw(self, order: Withdraw) -> None:
