@@ -136,14 +136,7 @@ class Agent:
             forget=trust.remember_bad,
             now=now,
         )
-        self._leaving = Leaving(
-            trust=trust,
-            slots=slots,
-            runtime=runtime,
-            restore=self._installer.restore,
-            tell=self._reporter.tell,
-            tell_commit=self._installer.tell_commit,
-        )
+        self._leaving = Leaving(trust, slots, runtime, self._installer, self._reporter)
 
     @property
     def status(self) -> AgentStatus:
@@ -152,11 +145,8 @@ class Agent:
 
     def start(self) -> None:
         """Serve what was committed last, and say so. Before :meth:`run`, once."""
-        try:
-            self._leaving.before_start()
+        if self._leaving.before_start():
             self._installer.restore()
-        except StorageError as error:  # a revoked release: rather the base alone than that
-            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
         self._installer.tell_commit()
         self._installer.resume_watch()
         version = self._runtime.pin()
@@ -254,12 +244,7 @@ class Agent:
         return True
 
     def _leave_revoked(self) -> None:
-        try:
-            self._leaving.leave()
-        except StorageError as error:
-            self._reporter.tell_once(
-                DeviceEvent.FAILED, detail=f"a revoked release serves: {error}"
-            )
+        if not self._leaving.leave():
             self._due = ("", time.monotonic() + self._later.next())
 
     def _withdraw(self, order: Withdraw) -> None:

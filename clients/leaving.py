@@ -11,14 +11,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+from aggregation.durable import StorageError
+from clients.health import NoSpace
 from clients.runtime import AdapterVersion, Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
 from clients.trust import Trust
 from protos.messages import DeviceEvent, RejectReason
 
 log = logging.getLogger("airpeft.clients.leaving")
+
+
+class Installing(Protocol):
+    """What an installer offers here; see :class:`clients.install.Installer`."""
+
+    def restore(self) -> AdapterVersion:
+        """Load and publish what the slots say is active."""
+
+    def tell_commit(self) -> None:
+        """Report what the slots have committed."""
+
+
+class Telling(Protocol):
+    """What a reporter offers here; see :class:`clients.reporting.Reporter`."""
+
+    def tell(self, event: DeviceEvent, **fields: Any) -> None:
+        """Report an event."""
+
+    def tell_once(self, event: DeviceEvent, **fields: Any) -> None:
+        """Report it, unless that has been done."""
 
 
 class Leaving:
@@ -28,47 +50,49 @@ class Leaving:
         trust: knows what is revoked.
         slots: where releases lie.
         runtime: what serves them.
-        restore: loads and publishes what the slots say is active.
-        tell: reports an event.
-        tell_commit: reports what the slots have committed.
+        installer: loads and publishes.
+        reporter: tells the fleet.
     """
 
     def __init__(
         self,
-        *,
         trust: Trust,
         slots: Slots,
         runtime: Runtime,
-        restore: Callable[[], AdapterVersion],
-        tell: Callable[..., Any],
-        tell_commit: Callable[[], None],
+        installer: Installing,
+        reporter: Telling,
     ) -> None:
         self._trust, self._slots, self._runtime = trust, slots, runtime
-        self._restore, self._tell, self._tell_commit = restore, tell, tell_commit
+        self._installer, self._reporter = installer, reporter
 
-    def before_start(self) -> None:
-        """Leave it on disk, before anything is loaded.
+    def before_start(self) -> bool:
+        """Leave it on disk, before anything is loaded; whether what is on disk may be loaded.
 
-        Raises:
-            StorageError: the disk refused.
+        If the disk refuses, rather the base model alone serves than what is revoked.
         """
-        self._step_back()
+        try:
+            self._step_back()
+        except (StorageError, NoSpace) as error:
+            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
+            return False
+        return True
 
     def leave(self) -> bool:
-        """Leave what serves, if it is revoked; whether it was.
-
-        Raises:
-            StorageError: the disk refused; it serves on, and is left at the next occasion.
-        """
-        if not self._step_back():
+        """Leave what serves, if it is revoked; False if the disk refuses, and it serves on."""
+        try:
+            if not self._step_back():
+                return True
+        except (StorageError, NoSpace) as error:
+            detail = f"a revoked release serves: {error}"
+            self._reporter.tell_once(DeviceEvent.FAILED, detail=detail)
             return False
         serving = self._runtime.pin()
         if self._slots.state.active is None:
             self._runtime.publish(None)
         else:
-            self._restore()
+            self._installer.restore()
         self._runtime.unload(serving)
-        self._tell_commit()
+        self._installer.tell_commit()
         return True
 
     def _step_back(self) -> bool:
@@ -85,7 +109,7 @@ class Leaving:
             self._slots.withdraw({**order, "release": ""})
         name = before.release if before is not None and usable else "the base model"
         log.warning("revoked: %s; %s serves instead", why, name)
-        self._tell(
+        self._reporter.tell(
             DeviceEvent.REVERTED,
             release=active.release,
             reason=RejectReason.KNOWN_BAD,

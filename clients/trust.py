@@ -11,6 +11,9 @@ or raises :class:`Rejected` with a reason from the closed vocabulary. The checks
 5. base model, runtime, hardware, release counter against the signed floor, the releases that the
    adapter keys have revoked, this device's own bad list
 
+An order too many within a day is not followed until later: whoever orders so much is a thief of the
+online key.
+
 What has been learnt is durable before the answer is given, also when the answer is a refusal. A
 refusal never touches the adapter that serves. The same bundle gets the same answer every time: it
 is for the agent to see that the release is the one that runs already.
@@ -26,8 +29,9 @@ from pathlib import Path
 
 from aggregation import durable
 from clients.errors import ClientError
+from clients.trust_loader import Loader
 from clients.trust_metadata import Verification, check_root
-from clients.trust_rules import decide, read_round, read_standing
+from clients.trust_rules import decide, limit_changes, read_round, read_standing
 from clients.trust_source import BundleSource, Refused
 from clients.trust_state import TrustState, TrustStateError, read_state, write_state
 from clients.trust_verdict import (
@@ -77,6 +81,7 @@ class Trust:
         self._root = root
         self._known = _stored_roots(folder / ROOTS)
         self._state = read_state(folder)
+        self._loader = Loader()
 
     @classmethod
     def bootstrap(cls, folder: Path, root: bytes) -> Trust:
@@ -135,6 +140,7 @@ class Trust:
                 state=self._state,
                 now=now,
                 built_unix=device.agent_built_unix,
+                loader=self._loader,
             )
         except Refused as error:
             raise Rejected(error.reason, error.detail) from None
@@ -142,7 +148,9 @@ class Trust:
             believed = walk.run()
             walk.state = read_standing(believed, walk.state)
             document, walk.state = read_round(believed, walk.state)
-            return decide(believed, document, walk.state, device)
+            verdict = decide(believed, document, walk.state, device)
+            verdict, walk.state = limit_changes(verdict, walk.state, walk.moment())
+            return verdict
         except Refused as error:
             raise Rejected(error.reason, error.detail) from None
         finally:

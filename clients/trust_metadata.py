@@ -2,7 +2,7 @@
 
 The rules engine is python-tuf's ``TrustedMetadataSet`` (specification 1.0.34, section 5.3 to 5.6).
 Around it stand our own marks (:mod:`clients.trust_state`) and a clock that can't be turned back.
-The engine's ``reference_time`` is not public: the version of tuf is pinned and a test watches it.
+The engine's ``reference_time`` and loader are not public: tuf is pinned, and tests watch them.
 
 The steps, in order; each may refuse, and what the earlier ones have learnt stays learnt:
 
@@ -27,6 +27,7 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
+from clients.trust_loader import Loader
 from clients.trust_source import (
     MAX_FILE_BYTES,
     MAX_ROOT_BYTES,
@@ -55,6 +56,7 @@ class Verification:
         state: its marks.
         now: its clock, with a zone; it may be wrong.
         built_unix: when its software was built: it can't be earlier than that.
+        loader: remembers files between walks.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Verification:
         state: TrustState,
         now: datetime,
         built_unix: int,
+        loader: Loader | None = None,
     ) -> None:
         self.state = state
         self.roots: dict[int, bytes] = {}
-        self._source = source
+        self._source, self._loader = source, loader or Loader()
         self._embedded = embedded
         self._known = known
         self._now = now.astimezone(UTC)
@@ -125,20 +128,21 @@ class Verification:
         except exceptions.ExpiredMetadataError as error:
             raise Refused(
                 RejectReason.METADATA_EXPIRED,
-                f"{error}; this device takes it to be {self._moment():%Y-%m-%d %H:%M} UTC",
+                f"{error}; this device takes it to be {self.moment():%Y-%m-%d %H:%M} UTC",
             ) from None
         except Exception as error:
             # A hostile file can fail in many ways inside parsers and curves; all are refusals.
             kind = type(error).__name__
             raise Refused(RejectReason.METADATA_MALFORMED, f"{kind}: {error}"[:300]) from None
 
-    def _moment(self) -> datetime:
+    def moment(self) -> datetime:
         """The device's clock, but never before its software, its root and its last timestamp."""
         floor = min(max(self.state.time_floor, self._built, 0), LAST_SECOND)
         return max(self._now, datetime.fromtimestamp(floor, UTC))
 
     def _root(self) -> TrustedMetadataSet:
         trusted = TrustedMetadataSet(self._embedded, EnvelopeType.METADATA)
+        trusted._load_data = self._loader
         while len(self.roots) < MAX_ROOTS:
             number = trusted.root.version + 1
             stored = self._known.get(number)
@@ -166,7 +170,7 @@ class Verification:
         return trusted
 
     def _timestamp(self, trusted: TrustedMetadataSet) -> None:
-        trusted.reference_time = self._moment()
+        trusted.reference_time = self.moment()
         local = self._source.local("timestamp")
         if local is not None:
             with contextlib.suppress(exceptions.RepositoryError):
@@ -193,14 +197,14 @@ class Verification:
         if expired is not None:
             raise expired
         # The timestamp may have taught that it is later than this device thought.
-        trusted.reference_time = self._moment()
+        trusted.reference_time = self.moment()
         if news:
             self._source.keep("timestamp", data)
 
     def _learn_time(self, made: Any) -> None:
         if type(made) is not int or made < 0:
             raise Refused(RejectReason.METADATA_MALFORMED, f"{SIGNED_UNIX} is not a whole number")
-        latest = self._moment() + MAX_LEAP
+        latest = self.moment() + MAX_LEAP
         if made > latest.timestamp():
             raise Refused(
                 RejectReason.CLOCK,

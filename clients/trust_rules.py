@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from datetime import datetime
 
 from clients.trust_source import Refused
-from clients.trust_state import TrustState
+from clients.trust_state import MAX_CHANGES, TrustState
 from clients.trust_verdict import (
     Believed,
     DeviceFacts,
@@ -79,8 +79,8 @@ def read_standing(believed: Believed, state: TrustState) -> TrustState:
     for role, content in believed.delegated.items():
         if role == ROUNDS_ROLE:
             continue
-        for statement in _statements(believed, role):
-            floors[statement.channel] = max(floors.get(statement.channel, 0), statement.floor)
+        for channel, floor in _floors(believed, role).items():
+            floors[channel] = max(floors.get(channel, 0), floor)
         try:
             said = Standing.from_field(content.unrecognized_fields.get(STANDING))
         except StatementError as error:
@@ -94,12 +94,26 @@ def read_standing(believed: Believed, state: TrustState) -> TrustState:
     return state.seen_floors(floors).seen_revoked(revoked)
 
 
-def _statements(believed: Believed, role: str) -> Iterator[ReleaseStatement]:
+def _floors(believed: Believed, role: str) -> dict[str, int]:
+    """The highest floor of each channel among a role's releases.
+
+    A statement is read as a whole only where its floor would count: there may be many of them.
+    """
+    claims = []
     for path, target in believed.delegated[role].targets.items():
-        if believed.role_of(path) == role:
-            # A release of a later schema binds those who understand it.
-            with contextlib.suppress(StatementError):
-                yield ReleaseStatement.from_custom(target.custom)
+        floor = target.custom.get("floor") if isinstance(target.custom, dict) else None
+        if type(floor) is int and floor > 0:
+            claims.append((floor, path, target))
+    floors: dict[str, int] = {}
+    for floor, path, target in sorted(claims, key=lambda claim: -claim[0]):
+        if floors.get(path.split("/")[1] if "/" in path else "", 0) >= floor:
+            continue
+        # A release of a later schema binds those who understand it.
+        with contextlib.suppress(StatementError):
+            statement = ReleaseStatement.from_custom(target.custom)
+            if believed.role_of(path) == role:
+                floors[statement.channel] = max(floors.get(statement.channel, 0), statement.floor)
+    return floors
 
 
 def decide(
@@ -121,6 +135,25 @@ def decide(
     except Refused as error:
         raise _about(error, assignment, document) from None
     return Install(release)
+
+
+def limit_changes(
+    verdict: Verdict, state: TrustState, moment: datetime
+) -> tuple[Verdict, TrustState]:
+    """The verdict, unless a device has been sent to and fro too often within a day.
+
+    Args:
+        verdict: what the round asks for.
+        state: the marks.
+        moment: the time as the device believes it.
+    """
+    if isinstance(verdict, Stay):
+        return verdict, state
+    sha256 = verdict.release.sha256 if isinstance(verdict, Install) else ""
+    now = int(moment.timestamp())
+    if not state.may_follow(sha256, now):
+        return Stay(f"{MAX_CHANGES} changes within a day are enough; this one waits"), state
+    return verdict, state.followed(sha256, now)
 
 
 def _withdraw(document: RoundDocument, state: TrustState) -> Withdraw:

@@ -29,6 +29,9 @@ from clients.errors import ClientError
 
 MAX_BAD = 1_000
 MAX_REVOKED = 4_000
+MAX_CHANGES = 48
+"""Orders a day to serve something else: a stolen online key can't wear out a device's flash."""
+DAY = 86_400
 FILE = "trust.json"
 
 
@@ -57,6 +60,8 @@ class TrustState:
         time_floor: the latest time that verified metadata was made at, seconds since 1970.
         bad: payload digests that this device has tried and will not try again, oldest first.
         revoked: payload digests that the adapter keys have revoked, with their words.
+        ordered: payload digest of the last order that was followed; empty for the base model.
+        changes: when the last orders to serve something else were followed, seconds since 1970.
     """
 
     root: int = 0
@@ -67,6 +72,8 @@ class TrustState:
     time_floor: int = 0
     bad: tuple[str, ...] = ()
     revoked: Mapping[str, str] = field(default_factory=dict)
+    ordered: str = ""
+    changes: tuple[int, ...] = ()
 
     def version(self, role: str) -> int:
         """The highest version seen of a role, 0 if none."""
@@ -100,6 +107,18 @@ class TrustState:
         if len(merged) > MAX_REVOKED:
             merged = dict(list(merged.items())[-MAX_REVOKED:])  # the older ones, known already
         return replace(self, revoked=merged)
+
+    def may_follow(self, sha256: str, now_unix: int) -> bool:
+        """Whether an order to serve this is one too many within a day."""
+        recent = [moment for moment in self.changes if moment > now_unix - DAY]
+        return sha256 == self.ordered or len(recent) < MAX_CHANGES
+
+    def followed(self, sha256: str, now_unix: int) -> TrustState:
+        """With this order followed; moments ahead of the clock are taken to be now."""
+        if sha256 == self.ordered:
+            return self
+        kept = [min(moment, now_unix) for moment in self.changes if moment > now_unix - DAY]
+        return replace(self, ordered=sha256, changes=(*kept, now_unix)[-MAX_CHANGES:])
 
     def with_bad(self, sha256: str) -> TrustState:
         """With one more payload never to be tried again; the oldest go first when it is full."""
@@ -138,7 +157,8 @@ def read_state(folder: Path) -> TrustState:
         if envelope["sha256"] != _digest(doc):
             raise ValueError("its checksum is wrong")
         marks = {role: Mark(m["version"], tuple(m["keys"])) for role, m in doc["marks"].items()}
-        return TrustState(**{**doc, "marks": marks, "bad": tuple(doc["bad"])})
+        lists = {name: tuple(doc.get(name, ())) for name in ("bad", "changes")}
+        return TrustState(**{**doc, "marks": marks, **lists})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TrustStateError(
             f"{path} is damaged ({error!r}); the running adapter is untouched, but nothing new is "

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
+
+from tuf.api.metadata import Metadata
 
 from federation.metadata_files import parse_metadata, verify, without_revoked
 from federation.published import (
@@ -25,6 +28,7 @@ class Incoming:
     """A checked release and the role that signed it; ``repeated`` if it is published as it is."""
 
     role: str
+    parsed: Metadata[Any]
     record: ReleaseRecord
     repeated: bool
 
@@ -34,6 +38,7 @@ class IncomingStanding:
     """Checked revocations and the role that signed them; ``repeated`` if they stand already."""
 
     role: str
+    parsed: Metadata[Any]
     new: tuple[Revocation, ...]
     standing: Standing
     repeated: bool
@@ -44,6 +49,7 @@ class _Signed:
     """An ``adapters`` file that its role has signed, beside the one that it is to follow."""
 
     role: str
+    parsed: Metadata[Any]
     records: Mapping[str, ReleaseRecord]
     before: Mapping[str, ReleaseRecord]
     standing: Standing
@@ -61,7 +67,7 @@ def check_adapters(state: Published, metadata: bytes, payload: bytes, now: datet
     if signed.repeated:
         named = [record for record in signed.records.values() if record.sha256 == digest]
         if named:
-            return Incoming(signed.role, named[-1], repeated=True)
+            return Incoming(signed.role, signed.parsed, named[-1], repeated=True)
         raise PublishError("exactly one new release is published at a time; new here: none")
     if signed.standing != state.standing[signed.role]:
         raise PublishError("a release is published without revoking others: do one after the other")
@@ -71,7 +77,7 @@ def check_adapters(state: Published, metadata: bytes, payload: bytes, now: datet
             f"the payload has {len(payload)} bytes with sha256 {digest[:12]}…, but {record.name} "
             f"was signed for {record.length} bytes with sha256 {record.sha256[:12]}…"
         )
-    return Incoming(signed.role, record, repeated=False)
+    return Incoming(signed.role, signed.parsed, record, repeated=False)
 
 
 def check_standing(state: Published, metadata: bytes, now: datetime) -> IncomingStanding:
@@ -89,7 +95,7 @@ def check_standing(state: Published, metadata: bytes, now: datetime) -> Incoming
             raise PublishError("the file revokes nothing and raises no floor")
     known = {one.sha256 for one in before.revoked}
     new = tuple(one for one in signed.standing.revoked if one.sha256 not in known)
-    return IncomingStanding(signed.role, new, signed.standing, signed.repeated)
+    return IncomingStanding(signed.role, signed.parsed, new, signed.standing, signed.repeated)
 
 
 def _signed(state: Published, metadata: bytes, now: datetime) -> _Signed:
@@ -98,16 +104,17 @@ def _signed(state: Published, metadata: bytes, now: datetime) -> _Signed:
         parsed = parse_metadata(metadata, "adapters metadata")
         if parsed.signed.type != "targets":
             raise RepositoryError(f"it is {parsed.signed.type} metadata, not an adapters file")
-        records = {record.target: record for record in read_releases(parsed.signed)}
+        likely = state.signed.get(_likely_role(state, parsed))
+        records = {r.target: r for r in read_releases(parsed.signed, likely, state.releases)}
         standing = read_standing(parsed.signed)
         role = _role(state, records, standing)
         targets = without_revoked(state.signed["root"], state.signed["targets"])
         verify(targets, role, parsed, "adapters metadata")
     except (RepositoryError, StatementError) as error:
         raise PublishError(f"the release is refused: {error}") from None
-    before = {r.target: r for r in read_releases(state.signed[role])}
+    before = {record.target: record for record in state.listed[role]}
     if metadata == state.files[role]:
-        return _Signed(role, records, before, standing, repeated=True)
+        return _Signed(role, parsed, records, before, standing, repeated=True)
     current = state.signed[role]
     if parsed.signed.version != current.version + 1:
         raise PublishError(
@@ -124,7 +131,16 @@ def _signed(state: Published, metadata: bytes, now: datetime) -> _Signed:
             raise PublishError(f"{assignment.target} is in the current round: it must stay listed")
     if not standing.follows(state.standing[role]):
         raise PublishError("what was revoked stays revoked, and floors only rise")
-    return _Signed(role, records, before, standing, repeated=False)
+    return _Signed(role, parsed, records, before, standing, repeated=False)
+
+
+def _likely_role(state: Published, parsed: Metadata[Any]) -> str:
+    """The role whose file this probably follows, so that what is the same is not read twice."""
+    shared = {
+        role: len(parsed.signed.targets.keys() & state.signed[role].targets.keys())
+        for role in state.adapter_roles
+    }
+    return max(shared, key=lambda role: shared[role])
 
 
 def _role(state: Published, records: Mapping[str, ReleaseRecord], standing: Standing) -> str:

@@ -204,7 +204,11 @@ def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> No
         """The current metadata of a channel's role: what its next release is made from."""
         data = desk.repository.adapters(channel)
         version = parse_metadata(data, "adapters").signed.version
-        return {"version": version, "metadata": base64.b64encode(data).decode()}
+        return {
+            "version": version,
+            "metadata": base64.b64encode(data).decode(),
+            "in_use": sorted(desk.repository.in_use()),
+        }
 
     @app.get("/v1/releases")
     def releases(operator: look) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def server(
     from federation.server import ServerConfig, run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for noisy in ("alembic", "uvicorn"):
+    for noisy in ("alembic", "uvicorn", "tuf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with plain_errors():
         run(

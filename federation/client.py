@@ -148,6 +148,10 @@ class OperatorClient:
         answer = self._call("GET", f"/v1/repository/adapters?channel={quote(channel, safe='')}")
         return int(answer["version"]), base64.b64decode(answer["metadata"])
 
+    def in_use(self) -> list[str]:
+        """Targets that the current round hands out."""
+        return list(self._call("GET", "/v1/repository/adapters")["in_use"])
+
     def publish_release(self, metadata: bytes, payload: bytes) -> dict[str, Any]:
         """Send a signed release; sending it again changes nothing."""
         body = {

@@ -6,7 +6,7 @@ or base that has keys of its own. The paths of a delegation say which channels i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -81,6 +81,10 @@ class Published:
         """The roles that may sign releases, in the order in which they are asked."""
         return tuple(r for r in self.signed["targets"].delegations.roles if r != ROUNDS_ROLE)
 
+    def with_verified(self, role: str, data: bytes, parsed: Metadata[Any]) -> Published:
+        """The same, with one file that has been verified against these keys just now."""
+        return Published(self.roots, {**self.files, role: data}, {**self.metadata, role: parsed})
+
     def role_of(self, channel: str) -> str:
         """The role that signs a channel's releases.
 
@@ -99,9 +103,14 @@ class Published:
         )
 
     @cached_property
+    def listed(self) -> Mapping[str, tuple[ReleaseRecord, ...]]:
+        """The releases of each role, by channel and counter."""
+        return {role: read_releases(self.signed[role]) for role in self.adapter_roles}
+
+    @cached_property
     def releases(self) -> tuple[ReleaseRecord, ...]:
         """Every release, by channel and counter."""
-        found = [r for role in self.adapter_roles for r in read_releases(self.signed[role])]
+        found = [record for role in self.adapter_roles for record in self.listed[role]]
         return tuple(sorted(found, key=lambda r: (r.statement.channel, r.statement.counter)))
 
     @cached_property
@@ -213,15 +222,25 @@ class Published:
             )
 
 
-def read_releases(adapters: Targets) -> tuple[ReleaseRecord, ...]:
+def read_releases(
+    adapters: Targets, before: Targets | None = None, records: Iterable[ReleaseRecord] = ()
+) -> tuple[ReleaseRecord, ...]:
     """The releases that an ``adapters`` file lists, by channel and counter.
+
+    Args:
+        adapters: the file's content.
+        before: the file that it follows; what is the same there is not read twice.
+        records: the releases of that one.
 
     Raises:
         StatementError: an entry that is not a release.
     """
+    known = {record.target: record for record in records}
+    same = before.targets if before is not None else {}
     records = []
     for path, target in adapters.targets.items():
-        records.append(_record(path, target))
+        repeated = path in known and same.get(path) == target
+        records.append(known[path] if repeated else _record(path, target))
     return tuple(sorted(records, key=lambda r: (r.statement.channel, r.statement.counter)))
 
 

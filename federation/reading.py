@@ -57,6 +57,10 @@ class Reading:
         names = ("root", "targets", *self._state.adapter_roles)
         return {role: self._state.files[role] for role in names}
 
+    def in_use(self) -> frozenset[str]:
+        """Targets that the current round hands out."""
+        return frozenset(a.target for a in self._state.round.assignments if not a.is_base)
+
     def online_keyid(self) -> str:
         """Identifier of the online key that the root names."""
         return str(self._state.signed["root"].roles["timestamp"].keyids[0])

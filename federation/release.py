@@ -27,7 +27,6 @@ from federation.keys import Signer, key_name
 from federation.metadata_files import MAX_METADATA
 from federation.published import ReleaseRecord
 from federation.release_request import (
-    METADATA,
     PAYLOAD,
     REQUEST,
     SCHEMA,
@@ -36,7 +35,6 @@ from federation.release_request import (
     describe,
     dump,
     make_request,
-    parse_adapters,
     read_file,
     read_request,
 )
@@ -66,6 +64,7 @@ __all__ = [
     "read_request",
     "read_revocation",
     "sign",
+    "sign_request",
     "signed_so_far",
 ]
 
@@ -85,16 +84,27 @@ def sign(folder: Path, signer: Signer, *, out: Path | None = None) -> Path:
         ReleaseError: the request is not what it should be, so it is not signed.
         StorageError: the signature can't be written.
     """
-    request = read_any(folder)
-    metadata, _ = parse_adapters(request.metadata, METADATA)
-    signature = signer.sign(metadata.signed_bytes)
+    return sign_request(read_any(folder), signer, out=out)
+
+
+def sign_request(
+    request: ReleaseRequest | RevocationRequest, signer: Signer, *, out: Path | None = None
+) -> Path:
+    """The same, for a request that has been read, and so checked, already.
+
+    Raises:
+        SignerError: the signer did not sign.
+        StorageError: the signature can't be written.
+    """
+    content = request.parsed.signed_bytes
+    signature = signer.sign(content)
     keyid = signer.public_key.keyid
     doc = {
         "schema": SCHEMA,
         "release": request.name,
         "key": key_name(signer.public_key),
         "signature": signature.to_dict(),
-        "signs_sha256": hashlib.sha256(metadata.signed_bytes).hexdigest(),
+        "signs_sha256": hashlib.sha256(content).hexdigest(),
     }
     path = out or request.folder / SIGNATURES / f"{keyid}.json"
     durable.write_bytes(path, dump(doc))
@@ -141,8 +151,7 @@ def signed_so_far(folder: Path) -> list[str]:
         ReleaseError: a signature file is for another request, or not one.
     """
     request = read_any(folder)
-    metadata, _ = parse_adapters(request.metadata, METADATA)
-    expected = hashlib.sha256(metadata.signed_bytes).hexdigest()
+    expected = hashlib.sha256(request.parsed.signed_bytes).hexdigest()
     names = []
     for path in sorted((request.folder / SIGNATURES).glob("*.json")):
         _read_signature(path, expected)
@@ -164,7 +173,7 @@ def publish(
 
 
 def _signed(request: ReleaseRequest | RevocationRequest, signatures: Iterable[Path]) -> bytes:
-    metadata, _ = parse_adapters(request.metadata, METADATA)
+    metadata = request.parsed
     expected = hashlib.sha256(metadata.signed_bytes).hexdigest()
     found = sorted((request.folder / SIGNATURES).glob("*.json"))
     for path in [*found, *signatures]:

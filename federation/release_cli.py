@@ -60,7 +60,7 @@ def sign(
     with errors():
         waiting = releases.read_any(request)
         for signer in signers(key, public, passphrase_file):
-            file = releases.sign(request, signer, out=out)
+            file = releases.sign_request(waiting, signer, out=out)
             rows.append({"key": key_name(signer.public_key), "signature": str(file)})
     if output is Format.JSON:
         show_json("signatures", {"release": waiting.name, "signatures": rows})

@@ -11,7 +11,14 @@ import typer
 
 from federation.cli_support import Format, FormatOption, errors
 from federation.release_app import release
-from federation.release_source import Copy, Home, TokenFile, Url, current_adapters
+from federation.release_source import (
+    Copy,
+    Home,
+    TokenFile,
+    Url,
+    current_adapters,
+    targets_in_use,
+)
 from federation.release_words import show_release
 
 if TYPE_CHECKING:
@@ -99,7 +106,12 @@ def make(
         )
         current = current_adapters(home, url, token_file, repository, channel)
         request = make_request(
-            adapter, out, adapters=current, options=options, now=datetime.now(UTC)
+            adapter,
+            out,
+            adapters=current,
+            options=options,
+            now=datetime.now(UTC),
+            in_use=targets_in_use(home, url, token_file, repository),
         )
     show_release(output, {"request": str(out), **describe(request.record)})
     if output is Format.TABLE:

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tuf.api.metadata import Metadata
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all__
+    Metadata,
+    Targets,
+)
 
 from aggregation import beside, durable, payload, peft_layout
 from aggregation.adapter import Adapter
@@ -34,7 +37,7 @@ from protos.signed import (
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
 PAYLOAD, SIGNATURES = "payload.airpeft", "signatures"
-LIVE_RELEASES = 50
+LIVE_RELEASES = 24
 """Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
 
 
@@ -46,11 +49,13 @@ class ReleaseRequest:
         folder: where it lies.
         record: the new release.
         metadata: the bytes of the unsigned ``adapters`` file.
+        parsed: the same, read.
     """
 
     folder: Path
     record: ReleaseRecord
     metadata: bytes
+    parsed: Metadata[Any] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -59,7 +64,13 @@ class ReleaseRequest:
 
 
 def make_request(
-    adapter_folder: Path, out: Path, *, adapters: bytes, options: ReleaseOptions, now: datetime
+    adapter_folder: Path,
+    out: Path,
+    *,
+    adapters: bytes,
+    options: ReleaseOptions,
+    now: datetime,
+    in_use: Collection[str] = (),
 ) -> ReleaseRequest:
     """Encode an adapter and write the request for its release.
 
@@ -72,6 +83,7 @@ def make_request(
         adapters: the current ``adapters`` metadata of the repository, as published.
         options: what a person decides.
         now: the time, with a zone.
+        in_use: targets that the current round hands out: they stay listed, however old.
 
     Raises:
         ReleaseError: ``out`` exists, the metadata is not that of a repository, a field is wrong,
@@ -101,7 +113,7 @@ def make_request(
     target = roles.release_target(statement, encoded.length, encoded.sha256)
     listed = [
         entry
-        for record in _live(records, options.channel)
+        for record in _live(records, options.channel, in_use)
         for entry in [current.signed.targets[record.target]]
     ]
     unsigned = roles.adapters([*listed, target], current.signed.version + 1, now, standing)
@@ -113,7 +125,7 @@ def make_request(
     record = ReleaseRecord(statement, encoded.sha256, encoded.length)
     files[REQUEST] = dump(_summary(record, unsigned.signed.version))
     durable.write_folder(out, files)
-    return ReleaseRequest(out, record, files[METADATA])
+    return ReleaseRequest(out, record, files[METADATA], unsigned)
 
 
 def _whole(folder: Path, base_digest: str | None) -> Adapter:
@@ -142,10 +154,11 @@ def read_request(folder: Path) -> ReleaseRequest:
     """
     folder = folder.parent if folder.name == REQUEST else folder
     metadata, previous = read_file(folder / METADATA), read_file(folder / PREVIOUS)
-    after, records = parse_adapters(metadata, METADATA)
     before, old = parse_adapters(previous, PREVIOUS)
-    changed = {r.target for r in old} & {r.target for r in records if r not in old}
-    new = [record for record in records if record.target not in {r.target for r in old}]
+    after, records = parse_adapters(metadata, METADATA, before.signed, old)
+    known = {record.target: record for record in old}
+    changed = [r.target for r in records if known.get(r.target, r) != r]
+    new = [record for record in records if record.target not in known]
     if changed or len(new) != 1 or after.signed.version != before.signed.version + 1:
         raise ReleaseError(
             f"{folder}: the metadata must add exactly one release and change no other; "
@@ -163,7 +176,7 @@ def read_request(folder: Path) -> ReleaseRequest:
     data = read_file(folder / PAYLOAD)
     if hashlib.sha256(data).hexdigest() != new[0].sha256 or len(data) != new[0].length:
         raise ReleaseError(f"{folder / PAYLOAD} is not the payload that {METADATA} names")
-    return ReleaseRequest(folder, new[0], metadata)
+    return ReleaseRequest(folder, new[0], metadata, after)
 
 
 def describe(record: ReleaseRecord) -> dict[str, Any]:
@@ -178,15 +191,28 @@ def describe(record: ReleaseRecord) -> dict[str, Any]:
     }
 
 
-def _live(records: Sequence[ReleaseRecord], channel: str) -> list[ReleaseRecord]:
-    """What stays listed: everything of other channels, the newest of this one."""
+def _live(
+    records: Sequence[ReleaseRecord], channel: str, in_use: Collection[str]
+) -> list[ReleaseRecord]:
+    """What stays listed: everything of other channels, of this one the newest and those in use."""
     mine = [record for record in records if record.statement.channel == channel]
-    others = [record for record in records if record.statement.channel != channel]
-    return [*others, *mine[-(LIVE_RELEASES - 1) :]]
+    old = {record.target for record in mine[: -(LIVE_RELEASES - 1)]} - set(in_use)
+    return [record for record in records if record.target not in old]
 
 
-def parse_adapters(data: bytes, name: str) -> tuple[Metadata[Any], tuple[ReleaseRecord, ...]]:
+def parse_adapters(
+    data: bytes,
+    name: str,
+    before: Targets | None = None,
+    records: Sequence[ReleaseRecord] = (),
+) -> tuple[Metadata[Any], tuple[ReleaseRecord, ...]]:
     """An ``adapters`` file and the releases in it; nothing of it is believed yet.
+
+    Args:
+        data: the file.
+        name: what to call it in an error.
+        before: the file that it follows, and its releases: the same are not read twice.
+        records: see ``before``.
 
     Raises:
         ReleaseError: it is none.
@@ -195,7 +221,7 @@ def parse_adapters(data: bytes, name: str) -> tuple[Metadata[Any], tuple[Release
         metadata = parse_metadata(data, name)
         if metadata.signed.type != "targets":
             raise RepositoryError(f"{name} is {metadata.signed.type} metadata")
-        return metadata, read_releases(metadata.signed)
+        return metadata, read_releases(metadata.signed, before, records)
     except (RepositoryError, StatementError) as error:
         raise ReleaseError(f"not the adapters metadata of a repository: {error}") from None
 

@@ -56,6 +56,18 @@ def current_adapters(
         return operator.adapters(channel)[1]
 
 
+def targets_in_use(
+    home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
+) -> list[str]:
+    """Targets that the current round hands out: they must stay listed."""
+    from federation.reading import Reading
+
+    if repository is not None:
+        return sorted(Reading(repository).in_use())
+    with server(home, url, token_file) as operator:
+        return operator.in_use()
+
+
 def offline_files(
     home: Path | None, url: str | None, token_file: Path | None, repository: Path | None
 ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:

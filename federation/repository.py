@@ -34,6 +34,7 @@ from federation.metadata_files import load
 from federation.published import (
     Expiry,
     NotFoundError,
+    Published,
     PublishError,
     ReleaseRecord,
     RepositoryError,
@@ -128,7 +129,9 @@ class Repository(Reading):
             incoming = check_adapters(state, metadata, payload, now)
             if incoming.repeated:
                 return incoming.record
-            self._commit(now, {incoming.role: metadata}, {incoming.record.path: payload})
+            known = state.with_verified(incoming.role, metadata, incoming.parsed)
+            paths = {incoming.record.path: payload}
+            self._commit(now, {incoming.role: metadata}, paths, known=known)
             return incoming.record
 
     def publish_standing(self, metadata: bytes, *, now: datetime) -> tuple[Revocation, ...]:
@@ -152,7 +155,8 @@ class Repository(Reading):
         with self._lock:
             incoming = check_standing(self._state, metadata, now)
             if not incoming.repeated:
-                self._commit(now, {incoming.role: metadata}, {})
+                known = self._state.with_verified(incoming.role, metadata, incoming.parsed)
+                self._commit(now, {incoming.role: metadata}, {}, known=known)
             return incoming.new
 
     def publish_keys(
@@ -251,6 +255,7 @@ class Repository(Reading):
         *,
         root: bytes | None = None,
         anew: bool = False,
+        known: Published | None = None,
     ) -> None:
         """Payloads, roles, snapshot, and last of all the timestamp that makes them current."""
         new = next_files(self._state, changed, now=now, online=self._key(), root=root, anew=anew)
@@ -258,7 +263,7 @@ class Repository(Reading):
             write(self.folder, payloads, new)
         finally:
             # The disk says what is current, also when the last write failed after its rename.
-            self._state = load(self.folder)
+            self._state = load(self.folder, known or self._state)
         self._prune()
 
     def _prune(self) -> None:

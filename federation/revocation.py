@@ -12,10 +12,12 @@ that serves it leaves it. With ``also_older`` the channel's floor rises above it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from tuf.api.metadata import Metadata
 
 from aggregation import durable
 from federation import roles
@@ -44,12 +46,14 @@ class RevocationRequest:
         new: what is revoked by it.
         floors: the floors that rise, by channel.
         metadata: the bytes of the unsigned ``adapters`` file.
+        parsed: the same, read.
     """
 
     folder: Path
     new: tuple[Revocation, ...]
     floors: dict[str, int]
     metadata: bytes
+    parsed: Metadata[Any] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -105,7 +109,7 @@ def make_revocation(
     listed = current.signed.targets.values()
     unsigned = roles.adapters(listed, current.signed.version + 1, now, after)
     risen = {c: n for c, n in floors.items() if n != before.floors.get(c, 0)}
-    request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned))
+    request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned), unsigned)
     summary = {"schema": SCHEMA, "kind": KIND, **describe_revocation(request)}
     files = {METADATA: request.metadata, PREVIOUS: adapters, REQUEST: dump(summary)}
     durable.write_folder(out, files)
@@ -124,8 +128,8 @@ def read_revocation(folder: Path) -> RevocationRequest:
         ReleaseError: it is not what it should be; says why.
     """
     metadata = read_file(folder / METADATA)
-    after, records = parse_adapters(metadata, METADATA)
     before, old = parse_adapters(read_file(folder / PREVIOUS), PREVIOUS)
+    after, records = parse_adapters(metadata, METADATA, before.signed, old)
     try:
         said, earlier = read_standing(after.signed), read_standing(before.signed)
     except StatementError as error:
@@ -139,7 +143,7 @@ def read_revocation(folder: Path) -> RevocationRequest:
             f"{folder}: it must say something more than before, and take nothing back"
         )
     risen = {c: n for c, n in said.floors.items() if n != earlier.floors.get(c, 0)}
-    return RevocationRequest(folder, new, risen, metadata)
+    return RevocationRequest(folder, new, risen, metadata, after)
 
 
 def describe_revocation(request: RevocationRequest) -> dict[str, Any]:

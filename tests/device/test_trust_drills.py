@@ -167,6 +167,26 @@ def test_a_full_disk_keeps_it_serving_until_there_is_room(
         until(lambda: running.runtime.pin().digest == "", what="the base alone")
 
 
+def test_a_full_disk_at_the_start_is_no_reason_to_serve_it(
+    gateway: Gateway, device: Path, runtime: Any, adapters: Any, tmp_path: Path
+) -> None:
+    gateway.order(gateway.release(adapters[0], 1), rollout="r1")
+    with Running(device, runtime) as running:
+        running.serves("stable-1")
+    revoke(gateway, tmp_path / "bad", "stable-1")
+    trust = Trust(device / "trust", identity.load(device).root)
+    facts = DeviceFacts(device_id="d-1", base_digest=runtime.base_digest, runtime=runtime.kind)
+    with pytest.raises(Exception, match="known-bad"):
+        trust.accept(gateway.repository.bundle(), device=facts, now=datetime.now(UTC))
+    runtime.publish(None)
+    blocker = device / "slots" / "state.json.partial"
+    blocker.mkdir()
+    gateway.stop()
+    with Running(device, runtime) as running:
+        assert running.runtime.pin().digest == "", "rather the base alone"
+    blocker.rmdir()
+
+
 def test_nobody_but_the_adapter_keys_can_make_a_device_leave(
     gateway: Gateway, device: Path, runtime: Any, adapters: Any, tmp_path: Path
 ) -> None:

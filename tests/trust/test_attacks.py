@@ -15,6 +15,7 @@ from tuf.api.metadata import Metadata, TargetFile
 from aggregation.durable import StorageError
 from clients.trust import Rejected, Stay, Trust, TrustStateError, Withdraw
 from clients.trust_source import MAX_FILE_BYTES, MAX_TIMESTAMP_BYTES
+from clients.trust_state import MAX_CHANGES
 from federation import roles
 from federation.keys import generate
 from protos.messages import MetadataBundle, RejectReason, bucket
@@ -188,6 +189,41 @@ def test_stolen_online_key_goes_back_to_an_older_round(publisher: Publisher, fir
     first.installs()
     forged = roles.rounds(old, 99, publisher.now, publisher.online)
     assert first.reason(publisher.forged(rounds=forged)) is R.METADATA_ROLLBACK
+
+
+def test_stolen_online_key_sends_a_device_to_and_fro(publisher: Publisher, device: Device) -> None:
+    """Each order is a valid one; so many of them a day are not followed, to spare the flash."""
+    pair = publisher.release(1), publisher.release(2)
+    for number in range(MAX_CHANGES):
+        publisher.order(pair[number % 2])
+        assert device.installs().name == pair[number % 2].name
+    last = pair[(MAX_CHANGES - 1) % 2]
+    publisher.order(pair[MAX_CHANGES % 2])
+    verdict = device.accept()
+    assert isinstance(verdict, Stay)
+    assert "a day" in verdict.reason
+    device.restart()
+    assert isinstance(device.accept(), Stay)
+    publisher.order(last, rollout="the same again")
+    assert device.installs().name == last.name
+    publisher.later(hours=25)
+    publisher.refresh()
+    publisher.order(pair[MAX_CHANGES % 2])
+    assert device.installs().name == pair[MAX_CHANGES % 2].name
+
+
+def test_a_clock_that_was_ahead_does_not_count_for_ever(
+    publisher: Publisher, device: Device
+) -> None:
+    pair = publisher.release(1), publisher.release(2)
+    for number in range(MAX_CHANGES):
+        publisher.order(pair[number % 2])
+        device.accept(now=publisher.now + timedelta(hours=20))
+    publisher.order(pair[MAX_CHANGES % 2])
+    assert isinstance(device.accept(), Stay)
+    publisher.later(hours=46)
+    publisher.refresh()
+    assert device.installs().name == pair[MAX_CHANGES % 2].name
 
 
 # What a stolen online key can't make
@@ -392,6 +428,25 @@ def test_fast_forward_by_a_stolen_key_is_cured_by_a_rotation(
     snapshot.signatures.clear()
     assert first.installs(publisher.resign(files, snapshot)).name == "stable-1"
     assert first.trust.state.version("snapshot") == 6
+
+
+def test_a_root_that_is_hidden_is_missed_for_as_long_as_the_old_one_lives(
+    publisher: Publisher, first: Device, tmp_path: Path
+) -> None:
+    """Somebody between a device and the fleet has the old online key, and hides root 2.
+
+    The device can't know; what ends it is the old root's expiry, whatever is dated anew.
+    """
+    new = generate(tmp_path / "new", ["online"]).signer("online")
+    assert rotated(publisher, signers=publisher.root_keys, online=new)
+    publisher.now = START + timedelta(days=100)
+    publisher.refresh()  # the thief dates timestamp, snapshot and rounds anew
+    assert first.installs().name == "stable-1"
+    publisher.now = START + timedelta(days=366)
+    publisher.refresh()
+    refused = first.refuses()
+    assert refused.reason is R.METADATA_EXPIRED
+    assert "root" in refused.detail
 
 
 def test_an_older_root_than_the_one_trusted_before(publisher: Publisher, first: Device) -> None:

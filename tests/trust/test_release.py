@@ -58,9 +58,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def make(publisher: Publisher, folder: Path, out: Path, **changes: Any) -> release.ReleaseRequest:
+    in_use = changes.pop("in_use", ())
     options = ReleaseOptions(**{"channel": "stable", **changes})
     return release.make_request(
-        folder, out, adapters=publisher.repository.adapters(), options=options, now=START
+        folder,
+        out,
+        adapters=publisher.repository.adapters(),
+        options=options,
+        now=START,
+        in_use=in_use,
     )
 
 
@@ -124,6 +130,19 @@ def test_only_the_newest_releases_of_a_channel_stay_listed(
         release.publish(request.folder, publisher.repository, now=START)
     names = [record.name for record in publisher.repository.releases()]
     assert names == ["other-1", "stable-3", "stable-4", "stable-5"]
+    publisher.order(publisher.repository.release("stable-3"))
+    request = make(publisher, folder, tmp_path / "r6", in_use=publisher.repository.in_use())
+    for key in publisher.adapter_keys[1:]:
+        release.sign(request.folder, key)
+    release.publish(request.folder, publisher.repository, now=START)
+    names = [record.name for record in publisher.repository.releases()]
+    # What the round hands out stays, however old.
+    assert names == ["other-1", "stable-3", "stable-4", "stable-5", "stable-6"]
+    publisher.order(publisher.repository.release("stable-6"))
+    make(publisher, folder, tmp_path / "r7", in_use=publisher.repository.in_use())
+    after = json.loads((tmp_path / "r7" / "adapters.json").read_bytes())["signed"]["targets"]
+    assert sorted(after)[0] == "adapters/other/1.airpeft"
+    assert "adapters/stable/3.airpeft" not in after
 
 
 @pytest.mark.parametrize("what", ["payload", "metadata", "previous", "old release"])
