@@ -15,7 +15,7 @@ from aggregation.spec import AdapterSpec
 from aggregation.train import Assignment
 from clients.training import ClientJob, PlanError, TrainingPlan
 from privacy import calibration
-from privacy.budget import Accountant, LocalPrivacy
+from privacy.budget import Accountant, BudgetExceeded, LocalPrivacy
 from privacy.events import SgdEvent
 from privacy.ledger import Ledger
 
@@ -82,10 +82,18 @@ def spend(
 
     Raises:
         PlanError: if two mechanisms are asked for at once.
-        BudgetExceeded: if the client's budget would be passed; nothing is recorded then.
+        BudgetExceeded: if the client's budget would be passed, or what its own ledger allows
+            whoever asks; nothing is recorded then.
     """
     privacy, released = job.privacy, noise_event(job.adapter.spec, job.assignment)
     if privacy is None and released is None:
+        limit = None if ledger is None else ledger.limit(job.client)
+        if limit is not None:
+            raise BudgetExceeded(
+                f"{job.client}: its ledger limits it to epsilon {limit.epsilon}, and training "
+                "without privacy has no bound: train with privacy, or let the ledger's owner lift "
+                "the limit (airpeft privacy limit --lift)"
+            )
         return None, {}
     if privacy is not None and released is not None:
         raise PlanError(
@@ -110,5 +118,6 @@ def spend(
             accountant=accountant,
             delta=delta,
             inputs=fingerprint,
+            model=job.adapter.spec.digest,
         ).epsilon
     return event, {"epsilon": epsilon, "noise_multiplier": event.noise_multiplier}

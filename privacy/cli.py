@@ -7,8 +7,7 @@ Tables and sentences are for people; ``--format json`` prints ``{"schema": "airp
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from privacy.ledger_report import Report
-    from privacy.planning import Answer, Plan
+    pass
 
 EDITED, BAD_INPUT = 1, 2
 
@@ -110,6 +108,7 @@ def plan(
     """
     with _plain_errors("plan"):
         from privacy.budget import Accountant, BudgetError, Unit
+        from privacy.cli_text import plan_document, plan_lines
         from privacy.planning import Plan, by_accountant
 
         if steps is None and unit is UnitName.EXAMPLE:
@@ -130,8 +129,8 @@ def plan(
             name.value: value
             for name, value in by_accountant(asked, answer.noise_multiplier).items()
         }
-    document = _plan_document(asked, answer, beside)
-    _show("plan", document, format, lambda: _print_plan(asked, answer, beside))
+    document = plan_document(asked, answer, beside)
+    _show("plan", document, format, lambda: plan_lines(asked, answer, beside))
 
 
 @privacy.command()
@@ -153,27 +152,34 @@ def explain(
         document = statement.read(folder)
         sentences = statement.explain(document)
     data = {"statement": document, "sentences": sentences.splitlines()}
-    _show("statement", data, format, lambda: typer.echo(sentences))
+    _show("statement", data, format, sentences.splitlines)
 
 
 @privacy.command()
 def ledger(
     path: Annotated[Path, typer.Argument(help="The file: ledger.sqlite of a run or a device.")],
     client: Annotated[str | None, typer.Option(help="Only this client.")] = None,
-    delta: Annotated[float, typer.Option(help="The delta at which epsilon is computed.")] = 1e-5,
-    epsilon: Annotated[
-        float | None, typer.Option(help="A client's budget; prints what is left of it.")
+    delta: Annotated[
+        float | None, typer.Option(help="At this delta; else at that of the client's last run.")
     ] = None,
-    accountant: ByAccountant = AccountantName.RDP,
+    epsilon: Annotated[
+        float | None, typer.Option(help="A client's budget; else that of its last run.")
+    ] = None,
+    accountant: Annotated[
+        AccountantName | None, typer.Option(help="rdp or pld; else that of the client's last run.")
+    ] = None,
     format: AsFormat = Format.TABLE,  # noqa: A002 - the name of the option
 ) -> None:
     """Who has spent what, over all runs; the chain of hashes is verified first.
 
-    Rounds left are rounds like the client's last one. The file is opened for reading only.
+    Rounds left are rounds like the client's last one, within the budget that its run may reach.
+    The file is opened for reading only.
 
     For example:
 
-      airpeft privacy ledger runs/quick/ledger.sqlite --epsilon 8
+      airpeft privacy ledger runs/quick/ledger.sqlite
+
+      airpeft privacy ledger runs/quick/ledger.sqlite --epsilon 20 --delta 1e-6
 
       airpeft privacy ledger runs/quick/ledger.sqlite --client client-00003 --format json
 
@@ -181,6 +187,7 @@ def ledger(
     """
     with _plain_errors("ledger"):
         from privacy.budget import Accountant
+        from privacy.cli_text import ledger_lines
         from privacy.ledger_report import report
 
         found = report(
@@ -188,9 +195,58 @@ def ledger(
             client=client,
             delta=delta,
             epsilon=epsilon,
-            accountant=Accountant(accountant.value),
+            accountant=None if accountant is None else Accountant(accountant.value),
         )
-    _show("ledger", found.to_mapping(), format, lambda: _print_ledger(found))
+    _show("ledger", found.to_mapping(), format, lambda: ledger_lines(found))
+
+
+@privacy.command()
+def limit(
+    path: Annotated[Path, typer.Argument(help="The file: ledger.sqlite; made if it is missing.")],
+    epsilon: Annotated[
+        float | None, typer.Option(help="The most that may be spent, over all runs, for ever.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Below 1 over the number of examples.")] = 1e-5,
+    client: Annotated[
+        str, typer.Option(help="Of this client; * for every one without a limit of its own.")
+    ] = "*",
+    accountant: ByAccountant = AccountantName.RDP,
+    lift: Annotated[bool, typer.Option("--lift", help="Take the limit back.")] = False,
+) -> None:
+    """The most that a client spends, whoever asks: it refuses by its own ledger.
+
+    A run brings a budget of its own, which the server chooses. This one is the data's owner's: an
+    event that would pass it is refused before the first step, and so is training without privacy.
+    It stands in the chain of the ledger, so it cannot be changed unseen.
+
+    For example:
+
+      airpeft privacy limit device/ledger.sqlite --epsilon 8 --delta 1e-6
+
+      airpeft privacy limit device/ledger.sqlite --lift
+    """
+    with _plain_errors("limit"):
+        from privacy.budget import Accountant, BudgetError
+        from privacy.ledger import Ledger, Terms
+        from privacy.planning import check_delta, check_epsilon
+
+        if (epsilon is None) != lift:
+            raise BudgetError("give either --epsilon, the limit, or --lift, which takes it back")
+        terms = None
+        if epsilon is not None:
+            check_epsilon(epsilon)
+            check_delta(delta)
+            terms = Terms(delta=delta, epsilon=epsilon, accountant=Accountant(accountant.value))
+        opened = Ledger(path)
+        try:
+            opened.set_limit(terms, client)
+        finally:
+            opened.close()
+    who = "every client" if client == "*" else client
+    if epsilon is None:
+        typer.echo(f"{path}: {who} has no limit any more")
+    else:
+        typer.echo(f"{path}: {who} spends at most epsilon {epsilon:g} at delta {delta:g}")
 
 
 @contextmanager
@@ -207,124 +263,15 @@ def _plain_errors(command: str) -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def _show(kind: str, data: Any, format: Format, people: Callable[[], None]) -> None:  # noqa: A002
+def _show(
+    kind: str,
+    data: Any,
+    format: Format,  # noqa: A002 - the name of the option
+    people: Callable[[], Iterable[str]],
+) -> None:
     if format is Format.JSON:
         document = {"schema": f"airpeft.v1.privacy-{kind}", "data": data}
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
     else:
-        people()
-
-
-Beside = Mapping[str, float | None]
-
-
-def _plan_document(plan: Plan, answer: Answer, beside: Beside) -> dict[str, Any]:
-    return {
-        "epsilon": _finite(answer.epsilon),  # null: no bound
-        "delta": plan.delta,
-        "noise_multiplier": answer.noise_multiplier,
-        "sample_rate": plan.sample_rate,
-        "steps": plan.steps * plan.rounds,
-        "rounds": plan.rounds,
-        "steps_per_round": plan.steps,
-        "epsilon_by_accountant": {
-            name: None if value is None else _finite(value) for name, value in beside.items()
-        },
-        "epsilon_by_round": [
-            {"round": number, "steps": number * plan.steps, "epsilon": _finite(value)}
-            for number, value in answer.by_round
-        ],
-        "budget": plan.epsilon,
-        "rounds_within_budget": answer.rounds_within,
-        "examples": plan.examples,
-        "accountant": plan.accountant.value,
-        "unit": plan.unit.value,
-    }
-
-
-def _print_plan(plan: Plan, answer: Answer, beside: Beside) -> None:
-    total = plan.steps * plan.rounds
-    if math.isinf(answer.epsilon):
-        typer.echo("epsilon           no bound: without noise nothing is private")
-    else:
-        typer.echo(f"epsilon           {answer.epsilon:.4f} at delta {plan.delta:g}")
-    typer.echo(f"noise multiplier  {answer.noise_multiplier:g}")
-    split = f" ({plan.rounds} rounds of {plan.steps})" if plan.rounds > 1 else ""
-    of_what = "rows" if plan.unit.value == "example" else "clients"
-    typer.echo(
-        f"steps             {total}{split}, each with {plan.sample_rate:.3%} of the {of_what}"
-    )
-    typer.echo(
-        f"accountant        {plan.accountant.value}, for one {plan.unit.value} added or removed"
-    )
-    others = [
-        f"{name} {value:.4f}"
-        for name, value in beside.items()
-        if name != plan.accountant.value and value is not None and math.isfinite(value)
-    ]
-    if others:
-        typer.echo(f"the same noise by {', '.join(others)}")
-    if plan.noise_multiplier is not None and answer.rounds_within is not None:
-        typer.echo(
-            f"rounds            epsilon {plan.epsilon:g} pays for {_many(answer.rounds_within)} "
-            f"of {plan.steps} steps"
-        )
-        if answer.rounds_within < plan.rounds:
-            typer.echo(
-                f"                  this plan has {plan.rounds}: use more noise, fewer rounds or "
-                "steps, or a smaller sample rate"
-            )
-    if plan.rounds > 1:
-        from privacy.tables import table
-
-        typer.echo("")
-        rows = [
-            (str(n), f"{n * plan.steps}", "no bound" if math.isinf(e) else f"{e:.4f}")
-            for n, e in answer.by_round
-        ]
-        typer.echo(table(("round", "steps", "epsilon"), rows))
-
-
-def _print_ledger(report: Report) -> None:
-    from privacy.tables import table
-
-    typer.echo(
-        f"{report.path}: the chain of hashes holds: {report.events} events, head {report.head[:16]}"
-    )
-    if not report.rows:
-        typer.echo("Nobody has spent anything yet.")
-        return
-    budget = report.budget is not None
-    names = ["client", "runs", "rounds", "events", f"epsilon at {report.delta:g}", "last noise"]
-    rows = []
-    for row in report.rows:
-        cells = [row.client, str(row.runs), str(row.rounds), str(row.events)]
-        cells.append("no bound" if math.isinf(row.epsilon) else f"{row.epsilon:.4f}")
-        cells.append(f"{row.last.noise_multiplier:g}")
-        if row.budget_left is not None and row.rounds_left is not None:
-            cells += [f"{row.budget_left:.4f}", _many(row.rounds_left)]
-        rows.append(cells)
-    typer.echo("")
-    typer.echo(table([*names, *(("budget left", "rounds left") if budget else ())], rows))
-    typer.echo("")
-    typer.echo(
-        f"Epsilon by {report.accountant.value}, over all runs, for one {report.unit.value} added "
-        "or removed."
-    )
-    if report.accountant.value == "rdp" and any(row.budget_left == 0 for row in report.rows):
-        typer.echo(
-            "rdp is a bound some 12 % above the tight one: where a run counts by pld, look with "
-            "--accountant pld."
-        )
-    if not budget:
-        typer.echo("With --epsilon E, a client's budget: what is left of it.")
-
-
-def _many(rounds: int) -> str:
-    from privacy.planning import MOST_ROUNDS
-
-    return f"{rounds} or more rounds" if rounds >= MOST_ROUNDS else f"{rounds} rounds"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        for line in people():
+            typer.echo(line)

@@ -151,11 +151,13 @@ UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, BudgetError)
 
 
 def _entry(row: Mapping[str, Any], event: Mapping[str, Any], terms: Terms | None) -> Entry:
-    names = ("number", "client", "run", "round")
     return Entry(
-        *(row[name] for name in names),
-        event=read_event(event),
-        unix_micro=row["unix_micro"],
-        inputs=row["inputs"],
-        terms=terms,
+        row["number"],
+        row["client"],
+        row["run"],
+        row["round"],
+        read_event(event),
+        row["unix_micro"],
+        row["inputs"],
+        terms,
     )

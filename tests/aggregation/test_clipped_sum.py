@@ -108,6 +108,14 @@ def test_clipping_is_a_projection_that_clients_may_do_themselves(
         assert np.linalg.norm(once.vector) >= clip * (1 - 1e-9)
 
 
+def test_rounding_to_the_grid_never_makes_a_vector_longer() -> None:
+    """Ten thousand equal values whose nearest places on the grid all lie further out."""
+    vector = np.full(10_000, 0.01)
+    assert math.modf(0.01 / step(1.0))[0] > 0.7
+    whole = [int(x) for x in on_grid(clip_update(vector, 1.0).vector, 1.0)]
+    assert sum(x * x for x in whole) <= (1.0 / step(1.0)) ** 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_vector_is_refused_and_leaves_the_sum_as_it_was(bad: float) -> None:
     total = VectorSum(2, Release(1.0, 1.0, 1.0), 1, FreeNoise())

@@ -224,7 +224,7 @@ def test_a_round_that_would_overspend_is_not_asked_for(tmp_path: Path) -> None:
     assert config.client_privacy is not None
     with keeping(replace(config, run="earlier"), tmp_path) as account:
         account.pay(1, "aa")  # an earlier run has spent on the same clients
-    with pytest.raises(BudgetExceeded, match="round 3 of run toy would bring epsilon"):
+    with pytest.raises(BudgetExceeded, match=r"round 3 of run toy .* nobody was asked"):
         run(config, tmp_path, watched)
     assert set(asked) <= {1, 2}
     assert spent(config, tmp_path) == [1, 1]

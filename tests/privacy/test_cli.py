@@ -232,7 +232,8 @@ def test_ledger_adds_up_what_each_client_has_spent(path: Path) -> None:
     assert code == 0
     assert "the chain of hashes holds: 5 events" in output
     assert [line.split()[0] for line in output.splitlines()[3:6]] == ["ann", "bob", "eve"]
-    assert f"{left} rounds" in output
+    assert f"Rounds left: 0 to {data['clients'][1]['rounds_left']}, each with" in output
+    assert f" {left}\n" in output
     assert path.read_bytes() == before
 
 
