@@ -23,7 +23,7 @@ from privacy import local
 from privacy.budget import LocalPrivacy
 from privacy.calibration import epsilon
 from privacy.events import SgdEvent
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, Terms
 from privacy.randomness import DEVICE, SEEDED
 from tests.device.tiny import LABELS, make_base
 
@@ -117,6 +117,41 @@ def test_the_whole_run_stays_within_its_budget_and_the_next_round_is_refused(
     assert (failure.fault, failure.client, failure.round) == (JobFault.BUDGET_EXCEEDED, "ann", 4)
     assert 7.9 < ledger.spent("ann", 1e-3) <= 8.0
     assert ledger.head().count == 3
+
+
+def test_a_client_refuses_by_its_own_ledger_whatever_the_server_asks(
+    base: BaseRef, examples: Examples, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.set_limit(Terms(delta=1e-3, epsilon=6.0))
+    trainer = ResidentTrainer(base, ledger, threads=1)
+    generous = replace(PRIVATE, epsilon=500.0)
+    asked = [
+        job(base, examples, privacy=PRIVATE),
+        job(base, examples, privacy=generous, round=2),
+        job(base, examples, privacy=None, round=3),
+        job(base, examples, privacy=PRIVATE, round=4),
+    ]
+    first, greedy, bare, last = trainer.train(asked)
+    assert isinstance(first, Update)
+    assert isinstance(last, Update)
+    for refused in (greedy, bare):
+        assert isinstance(refused, JobFailure)
+        assert refused.fault is JobFault.BUDGET_EXCEEDED
+    assert [entry.round for entry in ledger.table("ann")] == [1, 4]
+    assert ledger.spent("ann", 1e-3) <= 6.0
+    assert [entry.terms.model for entry in ledger.table() if entry.terms] == [
+        asked[0].adapter.spec.digest
+    ] * 2
+
+
+def test_the_mode_of_private_steps_is_told_with_its_reason(
+    base: BaseRef, examples: Examples, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="airpeft.clients.loop"):
+        update(ResidentTrainer(base, threads=1), job(base, examples, privacy=PRIVATE))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("private steps by linear gradients per example: only linear layers")
 
 
 def test_nothing_is_computed_when_the_ledger_refuses(

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import airpeft
-from privacy.budget import Accountant, LocalPrivacy
+from privacy.budget import Accountant, BudgetExceeded, LocalPrivacy, PrivacyBudget
 from privacy.calibration import epsilon, noise_multiplier
 from privacy.central import CentralPrivacy
 from privacy.events import SgdEvent
@@ -247,6 +247,94 @@ def test_ledger_of_one_client_at_another_delta_and_accountant(path: Path) -> Non
     code, _, errors = invoke("ledger", str(path), "--client", "mallory")
     assert code == 2
     assert "in it: ann, bob, eve" in errors
+
+
+def test_ledger_needs_not_be_told_what_stands_in_it(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    budget, accountant = PrivacyBudget(8.0, 1e-6), Accountant.PLD
+    for number, model in ((1, "m1"), (2, "m2")):
+        ledger.spend("ann", "a", number, EVENT, budget, accountant=accountant, model=model)
+    ledger.close()
+    path = str(ledger.path)
+    data = data_of("ledger", "ledger", path)
+    assert (data["delta"], data["budget"], data["accountant"]) == (1e-6, 8.0, "pld")
+    (ann,) = data["clients"]
+    assert ann["epsilon"] == epsilon([EVENT] * 2, 1e-6, accountant)
+    assert (ann["models"], ann["budget"], ann["limit"]) == (2, 8.0, None)
+    left = ann["rounds_left"]
+    assert epsilon([EVENT] * (2 + left), 1e-6, accountant) <= 8.0
+    assert epsilon([EVENT] * (3 + left), 1e-6, accountant) > 8.0
+    _, output, _ = invoke("ledger", path)
+    assert f"Rounds left: {left}, each with the noise" in output
+    assert "Epsilon is at delta 1e-06 by pld, over all runs and models" in output
+    # Whoever asks may give other terms; what rdp, the looser bound, leaves is no more.
+    (other,) = data_of("ledger", "ledger", path, "--accountant", "rdp")["clients"]
+    assert other["accountant"] == "rdp"
+    assert other["rounds_left"] <= left
+
+
+def test_clients_of_different_terms_are_told_apart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.spend("ann", "a", 1, EVENT, PrivacyBudget(8.0, 1e-6), accountant="pld")
+    ledger.spend("bob", "b", 1, EVENT, None, delta=1e-5)
+    ledger.close()
+    data = data_of("ledger", "ledger", str(ledger.path))
+    assert (data["delta"], data["accountant"], data["budget"]) == (None, None, None)
+    assert [c["delta"] for c in data["clients"]] == [1e-6, 1e-5]
+    _, output, _ = invoke("ledger", str(ledger.path))
+    lines = output.splitlines()
+    assert lines[2].split()[5:7] == ["delta", "by"]
+    assert lines[3].split()[5:8] == ["1e-06", "pld", "8"]
+    assert lines[4].split()[5:8] == ["1e-05", "rdp", "-"]
+
+
+def test_a_ledger_of_many_clients_still_fits_on_a_screen(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    names = [f"client-{i:05d}" for i in range(40)]
+    for i, name in enumerate(names):
+        one = SgdEvent(noise_multiplier=1.0, sample_rate=0.1, steps=1 + i, max_grad_norm=1.0)
+        ledger.spend(name, "a", 1, one, PrivacyBudget(8.0, DELTA))
+    ledger.close()
+    assert len(data_of("ledger", "ledger", str(ledger.path))["clients"]) == 40
+    _, output, _ = invoke("ledger", str(ledger.path))
+    assert len(output.splitlines()) < 45
+    assert [line.split()[0] for line in output.splitlines()[3:33]] == names[:9:-1]
+    assert "These 30 of 40 clients have spent most" in output
+
+
+def test_a_limit_is_set_shown_and_lifted(path: Path) -> None:
+    code, output, _ = invoke("limit", str(path), "--epsilon", "5", "--client", "bob")
+    assert (code, output) == (0, f"{path}: bob spends at most epsilon 5 at delta 1e-05\n")
+    bob = data_of("ledger", "ledger", str(path), "--client", "bob", "--epsilon", "20")["clients"][0]
+    strong = SgdEvent(noise_multiplier=2.0, sample_rate=0.1, steps=5, max_grad_norm=1.0)
+    assert bob["limit"] == 5.0
+    assert bob["rounds_left"] == rounds_left([strong], strong, 5.0, DELTA)
+    assert "limit" in invoke("ledger", str(path), "--client", "bob")[1]
+    ledger = Ledger(path)
+    with pytest.raises(BudgetExceeded, match="limit in this ledger"):
+        ledger.spend("bob", "c", 1, EVENT, PrivacyBudget(500.0, DELTA))
+    ledger.close()
+    assert invoke("limit", str(path), "--lift", "--client", "bob")[0] == 0
+    assert data_of("ledger", "ledger", str(path), "--client", "bob")["clients"][0]["limit"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give either --epsilon"),
+        (["--epsilon", "1", "--lift"], "give either --epsilon"),
+        (["--epsilon", "0"], "--epsilon 0 must be above 0"),
+        (["--epsilon", "1", "--delta", "1"], "--delta 1 must be above 0 and below 1"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_changes_nothing(
+    path: Path, more: list[str], message: str
+) -> None:
+    before = Ledger(path).head()
+    code, output, errors = invoke("limit", str(path), *more)
+    assert (code, output) == (2, "")
+    assert message in errors
+    assert Ledger(path).head() == before
 
 
 def test_ledger_can_be_read_while_another_process_trains(path: Path) -> None:

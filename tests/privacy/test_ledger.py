@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sql
 
-from privacy.budget import BudgetError, BudgetExceeded, PrivacyBudget
+from privacy.budget import Accountant, BudgetError, BudgetExceeded, PrivacyBudget
 from privacy.calibration import epsilon, noise_multiplier
+from privacy.central import CentralPrivacy
+from privacy.cohort_account import EVERY_CLIENT, CohortAccount
 from privacy.events import SgdEvent
-from privacy.ledger import Head, Ledger, LedgerError
+from privacy.ledger import Head, Ledger, LedgerEdited, LedgerError, Terms
+from privacy.ledger_rows import GENESIS
+from privacy.randomness import seeded_key
 
 DELTA = 1e-5
 BUDGET = PrivacyBudget(8.0, DELTA)
@@ -95,6 +101,7 @@ def _fill(path: Path) -> Head:
     ledger = Ledger(path)
     for number in range(1, 6):
         ledger.spend(f"client-{number % 2}", "r", number, event(2.0), BUDGET)
+    ledger.set_limit(Terms(delta=DELTA, epsilon=7.5), "client-0")
     head = ledger.head()
     ledger.close()
     return head
@@ -114,6 +121,11 @@ TAMPERING = {
     "the head removed": "DELETE FROM head",
     "the head set back": "UPDATE head SET count = 4",
     "the fingerprint changed": "UPDATE events SET inputs = 'z' WHERE number = 5",
+    "the budget raised": """UPDATE events SET event = replace(event, '8.0', '80.0')
+                            WHERE number = 4""",
+    "the limit raised": "UPDATE events SET event = replace(event, '7.5', '75.0') WHERE number = 6",
+    "the limit removed": "DELETE FROM events WHERE number = 6",
+    "the schema set back": "UPDATE head SET schema = 0",
 }
 
 
@@ -122,7 +134,7 @@ def test_tampering_is_found_when_the_ledger_is_opened(path: Path, statement: str
     _fill(path)
     with sqlite3.connect(path) as connection:
         assert connection.execute(statement).rowcount > 0
-    with pytest.raises(LedgerError, match="edited or damaged"):
+    with pytest.raises(LedgerError, match=r"edited or damaged|another version"):
         Ledger(path)
 
 
@@ -146,7 +158,7 @@ def test_an_older_copy_of_the_file_is_found_by_who_kept_the_head(path: Path) -> 
         left.unlink()
     path.write_bytes(old)
     reopened = Ledger(path)
-    with pytest.raises(LedgerError, match="6 events were there before"):
+    with pytest.raises(LedgerError, match="7 events were there before"):
         reopened.verify(since=head)
     for number in range(2, 8):
         reopened.spend("eve", "r", number, event(2.0), BUDGET)
@@ -231,40 +243,171 @@ class _Death:
             sql.event.listen(engine, name, self.here)
 
 
-def _spend_and_die(path: Path, at: int) -> None:
+def _client(ledger: Ledger, number: int) -> None:
+    """What a client does before a round's first gradient."""
+    ledger.spend("ann", "r", number, event(2.0), BUDGET)
+
+
+def _server(ledger: Ledger, number: int) -> None:
+    """What a server does before a round's noise is there to be added."""
+    central = CentralPrivacy(
+        rounds=4, clients=100, fraction=0.1, sampling="poisson", delta=DELTA, epsilon=8.0
+    )
+    CohortAccount(central, run="r", ledger=ledger, key=seeded_key(1)).pay(number, "aa")
+
+
+def _owner(ledger: Ledger, number: int) -> None:
+    """What the owner of a ledger does."""
+    ledger.set_limit(Terms(delta=DELTA, epsilon=float(number)), "ann")
+
+
+def _act_and_die(act: Callable[[Ledger, int], None], path: Path, at: int) -> None:
     ledger = Ledger(path)
     death = _Death(at)
     death.watch(ledger.engine)
-    ledger.spend("ann", "r", 2, event(2.0), BUDGET)
+    act(ledger, 2)
     death.here()  # after the commit: the first gradient would be computed now
     os._exit(0 if death.seen < at else 1)
 
 
-def test_a_kill_at_every_write_counts_the_event_never_twice_and_never_less(tmp_path: Path) -> None:
-    outcomes = []
+def _crashes(
+    tmp_path: Path, act: Callable[[Ledger, int], None]
+) -> Iterator[tuple[Ledger, int, Head]]:
+    """The ledger as it is after a kill at the first, the second ... thing that an act does."""
     for at in range(1, 100):
         path = tmp_path / f"{at}.sqlite"
         ledger = Ledger(path)
-        ledger.spend("ann", "r", 1, event(2.0), BUDGET)
+        act(ledger, 1)
         before = ledger.head()
         ledger.close()
-        child = _fork(lambda p=path, n=at: _spend_and_die(p, n))  # type: ignore[misc]
+        child = _fork(lambda p=path, n=at: _act_and_die(act, p, n))  # type: ignore[misc]
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
-            break
+            return
         assert status == -signal.SIGKILL
         after = Ledger(path)
         after.verify(since=before)
-        outcomes.append(after.head().count - before.count)
-        assert outcomes[-1] in (0, 1)
-        # The next start repeats the round: the event stands exactly once in the end.
-        spent = after.spend("ann", "r", 2, event(2.0), BUDGET)
-        assert spent.repeated == bool(outcomes[-1])
-        assert [e.round for e in after.table("ann")] == [1, 2]
-        assert spent.epsilon == epsilon([event(2.0)] * 2, DELTA)
+        yield after, after.head().count - before.count, before
         after.close()
+
+
+@pytest.mark.parametrize(("act", "name"), [(_client, "ann"), (_server, EVERY_CLIENT)])
+def test_a_kill_at_every_write_counts_the_event_never_twice_and_never_less(
+    tmp_path: Path, act: Callable[[Ledger, int], None], name: str
+) -> None:
+    outcomes = []
+    for after, more, before in _crashes(tmp_path, act):
+        outcomes.append(more)
+        # The next start repeats the round: the event stands exactly once in the end.
+        act(after, 2)
+        assert after.head().count == before.count + 1
+        assert [e.round for e in after.table(name)] == [1, 2]
+        assert after.spent(name, DELTA) == epsilon([e.event for e in after.table(name)], DELTA)
+        act(after, 2)
+        assert after.head().count == before.count + 1
     # Every point was reached; before the commit nothing is spent, after it everything is.
     assert len(outcomes) >= 10
     assert outcomes == sorted(outcomes)
-    assert outcomes[0] == 0
-    assert outcomes[-1] == 1
+    assert (outcomes[0], outcomes[-1]) == (0, 1)
+
+
+def test_a_kill_while_a_limit_is_set_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    found = []
+    for after, more, _ in _crashes(tmp_path, _owner):
+        limit = after.limit("ann")
+        assert limit is not None
+        assert limit.epsilon == 1.0 + more
+        found.append(more)
+    assert (len(found) >= 5, found[0], found[-1]) == (True, 0, 1)
+
+
+def test_the_terms_stand_with_every_event(path: Path) -> None:
+    ledger = Ledger(path)
+    ledger.spend("ann", "r", 1, event(), BUDGET, accountant="pld", model="m1")
+    ledger.spend("ann", "s", 1, event(), None, delta=1e-6, model="m2")
+    # The same round under other terms is the same round: its noise is out already.
+    again = PrivacyBudget(20.0, 1e-6)
+    assert ledger.spend("ann", "r", 1, event(), again, accountant="rdp").repeated
+    assert [entry.terms for entry in ledger.table("ann")] == [
+        Terms(delta=DELTA, epsilon=8.0, accountant=Accountant.PLD, model="m1"),
+        Terms(delta=1e-6, epsilon=None, accountant=Accountant.RDP, model="m2"),
+    ]
+    # Two models trained on the same examples are one sum.
+    assert ledger.spent("ann", DELTA) == epsilon([event()] * 2, DELTA)
+
+
+def test_a_limit_refuses_whatever_budget_the_server_comes_with(path: Path) -> None:
+    ledger = Ledger(path)
+    ledger.set_limit(Terms(delta=DELTA, epsilon=4.0))
+    ledger.set_limit(Terms(delta=DELTA, epsilon=9.0), "bob")
+    generous = PrivacyBudget(1000.0, DELTA)
+    strong = event(sigma=2.0)
+    with pytest.raises(BudgetExceeded, match=r"above the limit in this ledger of 4\.0 at delta"):
+        ledger.spend("ann", "r", 1, event(sigma=0.7), generous)
+    ledger.spend("ann", "r", 1, strong, generous)
+    with pytest.raises(BudgetExceeded, match="limit"):
+        ledger.spend("ann", "another-run", 1, event(sigma=0.7), None, delta=DELTA)
+    assert epsilon([event(sigma=0.7)], DELTA) > 4.0
+    ledger.spend("bob", "r", 1, event(sigma=0.7), generous)  # has a limit of its own
+    with pytest.raises(BudgetExceeded, match=r"limit in this ledger of 9\.0"):
+        ledger.spend("bob", "r", 2, event(sigma=0.7, steps=50), generous)
+    ledger.close()
+    ledger = Ledger(path)  # a restart
+    assert ledger.limit("ann") == Terms(delta=DELTA, epsilon=4.0)
+    ledger.set_limit(None)
+    assert ledger.limit("ann") is None
+    ledger.spend("ann", "r", 2, event(sigma=0.7), generous)
+    assert [(e.client, e.round) for e in ledger.table()] == [("ann", 1), ("bob", 1), ("ann", 2)]
+    with pytest.raises(BudgetError, match="needs an epsilon"):
+        ledger.set_limit(Terms(delta=DELTA))
+
+
+def _write_schema_1(path: Path, events: list[SgdEvent]) -> None:
+    """A ledger as AirPEFT wrote it before there were terms in it."""
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            """CREATE TABLE events (number INTEGER NOT NULL PRIMARY KEY, client VARCHAR NOT NULL,
+            run VARCHAR NOT NULL, round INTEGER NOT NULL, inputs VARCHAR NOT NULL,
+            event TEXT NOT NULL, unix_micro INTEGER NOT NULL, previous VARCHAR NOT NULL,
+            hash VARCHAR NOT NULL, UNIQUE (run, client, round, inputs))"""
+        )
+        connection.execute(
+            """CREATE TABLE head (id INTEGER NOT NULL PRIMARY KEY CHECK (id = 1),
+            schema INTEGER NOT NULL, count INTEGER NOT NULL, hash VARCHAR NOT NULL)"""
+        )
+        previous = GENESIS
+        for number, one in enumerate(events, start=1):
+            text = json.dumps(one.to_mapping(), sort_keys=True)
+            row = [number, "ann", "old", number, "f", text, 1_000_000 * number, previous]
+            previous = hashlib.sha256(json.dumps(row, separators=(",", ":")).encode()).hexdigest()
+            connection.execute("INSERT INTO events VALUES (?,?,?,?,?,?,?,?,?)", [*row, previous])
+        connection.execute("INSERT INTO head VALUES (1, 1, ?, ?)", [len(events), previous])
+
+
+def test_a_ledger_of_schema_1_is_read_verified_and_gone_on_with(path: Path) -> None:
+    old = [event(2.0), event(3.0)]
+    _write_schema_1(path, old)
+    before = path.read_bytes()
+    reading = Ledger(path, read_only=True)
+    assert reading.spent("ann", DELTA) == epsilon(old, DELTA)
+    assert [entry.terms for entry in reading.table()] == [None, None]
+    reading.close()
+    assert path.read_bytes() == before
+    ledger = Ledger(path)
+    head = ledger.head()
+    assert ledger.spend("ann", "old", 2, event(3.0), BUDGET, inputs="f").repeated
+    assert _schema(path) == 1  # nothing was written
+    ledger.spend("ann", "new", 1, event(2.0), BUDGET)
+    assert ledger.spent("ann", DELTA) == epsilon([*old, event(2.0)], DELTA)
+    ledger.verify(since=head)
+    assert _schema(path) == 2  # whoever knows schema 1 only now refuses it
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE events SET event = replace(event, '2.0', '9.0')")
+    with pytest.raises(LedgerEdited, match="event 1 "):
+        Ledger(path)
+
+
+def _schema(path: Path) -> int:
+    with sqlite3.connect(path) as connection:
+        (found,) = connection.execute("SELECT schema FROM head").fetchone()
+    return int(found)
