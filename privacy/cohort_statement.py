@@ -7,7 +7,7 @@
     >>> doc["unit"], round(doc["epsilon"], 2)
     ('client', 2.61)
     >>> sentences(doc)[0]
-    'One client: epsilon 2.62 at delta 0.0001.'
+    'One client: epsilon 2.61 at delta 0.0001.'
 
 Epsilon is recomputed from the events, which are those of the server's ledger. What comes after the
 noise, the server's optimiser or an SVD, is no part of it: it changes nothing.

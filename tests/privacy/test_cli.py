@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,7 @@ def test_a_limit_is_set_shown_and_lifted(path: Path) -> None:
     assert "limit" in invoke("ledger", str(path), "--client", "bob")[1]
     ledger = Ledger(path)
     with pytest.raises(BudgetExceeded, match="limit in this ledger"):
-        ledger.spend("bob", "c", 1, EVENT, PrivacyBudget(500.0, DELTA))
+        ledger.spend("bob", "c", 1, replace(EVENT, steps=500), PrivacyBudget(500.0, DELTA))
     ledger.close()
     assert invoke("limit", str(path), "--lift", "--client", "bob")[0] == 0
     assert data_of("ledger", "ledger", str(path), "--client", "bob")["clients"][0]["limit"] is None
