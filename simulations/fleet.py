@@ -29,8 +29,8 @@ from simulations.processes import Child, Children, ProcessError, read_json, wait
 THRESHOLD = 2
 WAVES = ("1", "100%")
 # A few hundred examples on a single canary tell a fall of less than this from nothing only by luck.
-# Nothing carries bytes here but this machine, so a payload that is not the signed one is no accident
-# that a second try would mend.
+# Nothing carries bytes here but this machine: a payload that is not the signed one is no accident
+# which a second try would mend.
 POLICY: dict[str, Any] = {"quality_tolerance": 0.05, "retries": {"carrier": 0}}
 
 
