@@ -172,7 +172,7 @@ def test_bad_input_is_named_and_exits_with_2(gateway, home, base, tmp_path):
     assert "no such file" in fails("enrol", missing, *at)
     junk = tmp_path / "junk.json"
     junk.write_text('{"token": 3}')
-    assert "enrol, fleet, token, authority_pem missing" in fails("enrol", str(junk), *at)
+    assert "enrol, fleet, authority_pem missing" in fails("enrol", str(junk), *at)
     bundle = gateway.bundle(tmp_path / "enrol.json")
     assert "there is no base model" in fails("enrol", str(bundle), *at, "--base", "gpt-99")
     assert "not an enrolled device" in fails("status", *at)
