@@ -124,7 +124,7 @@ def test_a_download_too_many_is_told_when_to_come_back(tmp_path: Path) -> None:
             async with asyncio.timeout(20):
                 assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 trailing = dict(await call.trailing_metadata())
-            assert 500 <= int(trailing["retry-after-ms"]) <= 2000
+            assert 500 <= int(trailing["retry-after-ms"]) < 3000  # one turned away, of no places
 
     asyncio.run(scenario())
 
