@@ -5,22 +5,17 @@ it and into writing it down again in canonical form, which is what signatures ar
 depend on the file's bytes alone. So the last few files are remembered, and canonical JSON is
 written by the standard library where that gives the same bytes. Nothing is taken on trust for it:
 types are checked and signatures are counted each time, with the keys of the moment.
-
-    >>> canonical({"b": [1, True, None], "a": "x"})
-    b'{"a":"x","b":[1,true,null]}'
-    >>> canonical({"a": "x" + chr(9)}) == b'{"a":"x' + bytes([9]) + b'"}'
-    True
 """
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from typing import Any
 
-from securesystemslib.formats import encode_canonical
 from tuf.api import exceptions
 from tuf.api.metadata import Metadata
+
+from protos.canonical import canonical
 
 KEPT = 8  # files
 LEAST = 8_192  # bytes; smaller files are read anew
@@ -62,18 +57,3 @@ class Loader:
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         return found
-
-
-def canonical(doc: Any) -> bytes:
-    """The bytes that signatures are made over (OLPC canonical JSON).
-
-    The two encoders differ in strings with control characters, which one escapes and the other
-    does not, and in floats, which the reference refuses; nobody can have signed those.
-
-    Raises:
-        ValueError: it holds what JSON has not.
-    """
-    text = json.dumps(doc, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    if "\\" in text:
-        text = str(encode_canonical(doc))
-    return text.encode("utf-8")

@@ -21,6 +21,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all_
 from tuf.api.serialization import DeserializationError
 
 from federation.published import Published, RepositoryError
+from protos.canonical import canonical
 from protos.signed import ROUNDS_ROLE, StatementError, revoked_keys
 
 MAX_METADATA = 4_000_000
@@ -168,6 +169,7 @@ def verify(delegator: Any, role: str, metadata: Metadata[Any], name: str) -> Non
         RepositoryError: fewer good ones than the delegator asks for.
     """
     try:
-        delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        content = canonical(metadata.signed.to_dict())
+        delegator.verify_delegate(role, content, metadata.signatures)
     except (TufError, ValueError) as error:
         raise RepositoryError(f"{name}: {error}") from None

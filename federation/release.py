@@ -46,6 +46,7 @@ from federation.revocation import (
     make_revocation,
     read_revocation,
 )
+from protos.canonical import canonical
 
 __all__ = [
     "ReleaseError",
@@ -174,7 +175,7 @@ def publish(
 
 def _signed(request: ReleaseRequest | RevocationRequest, signatures: Iterable[Path]) -> bytes:
     metadata = request.parsed
-    expected = hashlib.sha256(metadata.signed_bytes).hexdigest()
+    expected = hashlib.sha256(canonical(metadata.signed.to_dict())).hexdigest()
     found = sorted((request.folder / SIGNATURES).glob("*.json"))
     for path in [*found, *signatures]:
         keyid, signature = _read_signature(path, expected)

@@ -14,7 +14,8 @@ from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet, _load_from_metadata
 
-from clients.trust_loader import KEPT, LEAST, Loader, canonical
+from clients.trust_loader import KEPT, LEAST, Loader
+from protos.canonical import canonical
 from protos.messages import RejectReason
 from tests.trust.fleet_of_one import Device, Publisher, file_of, payload_of, statement
 
