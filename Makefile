@@ -34,7 +34,7 @@ demo: $(STAMP)  ## run the main job: train, sign, broadcast, verify, swap, measu
 	@$(BIN)/airpeft demo $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k name" to choose)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: $(STAMP) format-check lint types contracts protos-current  ## all that CI runs: checks, then the tests
 	@$(MAKE) --no-print-directory test

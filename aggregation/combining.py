@@ -221,7 +221,9 @@ class Reduction:
         influence = self._influence(reduced) if learnt else {}
         if is_nothing(change):
             same = replace(old, round=number, buffers=buffers)
-            return same, replace(self._report(same, {}), influence=influence)
+            silent = influence and not any(influence.values())
+            why = recipe.reduce.silence if silent else ""
+            return same, replace(self._report(same, {}), influence=influence, unchanged=why)
         split = recipe.refactor.apply(old, change)
         adapter = _assemble(old.adapter, split.factors, change)
         if task.trains == "core":

@@ -68,8 +68,8 @@ def combine(chosen: Recipe, members: Members, *, trusted: str = "") -> Combined:
             it is not in the mean itself.
 
     Raises:
-        OfflineError: if the recipe makes no sense without clients, or folders differ in what it
-            freezes.
+        OfflineError: if the recipe makes no sense without clients, folders differ in what it
+            freezes, or its rule counts none of them.
         RecipeError: if the members are too few for the recipe, or of a type that it cannot take.
         UpdateError: if the recipe cannot take a member: another rank under a plain mean, for one.
     """
@@ -96,6 +96,8 @@ def combine(chosen: Recipe, members: Members, *, trusted: str = "") -> Combined:
     for one in arrived:
         reduction.add(Update(one.name, number, one.start.digest, one.adapter, one.weight))
     state, report = reduction.finish()
+    if report.unchanged:
+        raise OfflineError(f"{chosen.name}: {report.unchanged}")
     residual = beside.residual_adapters(state)
     lossy = any(
         one.adapter.digest != m.adapter.digest for one, m in zip(arrived, counted, strict=True)

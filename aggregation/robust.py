@@ -155,6 +155,10 @@ class FLTrust(ProductRule):
 
     kind = "fltrust"
     trusts = True
+    silence = (
+        "no update points the way of the trusted client's, so none counts: look at its data, "
+        "at whether it really trains, and at the learning rate"
+    )
 
     def needs(self, expected: int) -> str:
         """The trusted update and one to measure against it."""

@@ -110,8 +110,11 @@ def resident(name: str, ledger: Path, own: bool, threads: int) -> SecureTrainer:
     with _lock:
         if key not in _trainers:
             secret = device_key(ledger.with_name(ledger.name + ".key")) if own else None
+            base = find_base(name)
+            # One run after the other in a process needs the base, and its hidden states, once.
+            shared = [one.shelf for one in _trainers.values() if one.shelf.base == base]
             _trainers[key] = ResidentTrainer(
-                find_base(name), Ledger(ledger), threads, device_key=secret
+                base, Ledger(ledger), threads, device_key=secret, shelf=next(iter(shared), None)
             )
         trainer: SecureTrainer = _trainers[key]
         return trainer

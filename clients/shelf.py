@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,10 +28,15 @@ class Shelf:
     Args:
         base: from ``find_base``.
         cache_bytes: bound on the hidden states kept in memory.
+
+    Attributes:
+        base: the same.
+        lock: to be held by whoever uses a model; trainers of several ledgers may share a shelf.
     """
 
     def __init__(self, base: BaseRef, cache_bytes: int) -> None:
         self.base = base
+        self.lock = threading.Lock()
         self._pristine = models.build(base, 1)
         self._trunks = TrunkCache(self._pristine, models.tokenizer(base), cache_bytes)
         self._models: OrderedDict[str, Any] = OrderedDict()

@@ -16,7 +16,6 @@ examples leaves in the metrics: no loss, no batch sizes. What a client keeps for
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -117,6 +116,11 @@ class ResidentTrainer:
         device_key: the device's secret; all randomness then derives from it, and the seed that a
             job carries is not used, because whoever sent the job knows it.
         cache_bytes: bound on the hidden states kept in memory.
+        shelf: of another trainer of the same base, whose models and hidden states this one uses;
+            None for its own.
+
+    Raises:
+        PlanError: if the shelf is another base's.
     """
 
     def __init__(
@@ -127,15 +131,17 @@ class ResidentTrainer:
         *,
         device_key: bytes | None = None,
         cache_bytes: int = CACHE_BYTES,
+        shelf: Shelf | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.base = base
         self._ledger = ledger
         self._device_key = device_key
-        self._shelf = Shelf(base, cache_bytes)
+        if shelf is not None and shelf.base != base:
+            raise PlanError(f"the shelf holds {shelf.base.name}, and the base is {base.name}")
+        self.shelf = shelf or Shelf(base, cache_bytes)
         self._rows = Rows()
-        self._lock = threading.Lock()
         self._desk = SecureDesk(once=device_key is not None)
 
     @property
@@ -163,7 +169,7 @@ class ResidentTrainer:
         """Measure an adapter; see :class:`Trainer`."""
         owner = owner or Owner(client="", run="", round=0)
         assignment = owner.assignment
-        with self._lock:
+        with self.shelf.lock:
             examples = self._rows.to_measure(
                 data, adapter.spec.labels, owner.client, assignment.holdout
             )
@@ -172,18 +178,18 @@ class ResidentTrainer:
                 past = ClientMemory(owner.memory, owner.run, owner.client).after(owner.round)
             if assignment.keeps == "B":
                 adapter = with_own(adapter, past.adapters.get(OWN))
-            peft_model = self._shelf.model(adapter.spec)
-            features = self._shelf.features(peft_model, examples, max_length, beside)
+            peft_model = self.shelf.model(adapter.spec)
+            features = self.shelf.features(peft_model, examples, max_length, beside)
             own = None
             if assignment.keeps == "overlay":
-                hidden = self._shelf.hidden(peft_model, beside)
+                hidden = self.shelf.hidden(peft_model, beside)
                 own = overlays.own(past, features, hidden, assignment.mix)
             labels = torch.tensor(examples.labels)
             return measure(peft_model, adapter, features, labels, beside=beside, own=own)
 
     def _guarded(self, job: ClientJob) -> Update | JobFailure:
         try:
-            with self._lock:
+            with self.shelf.lock:
                 return self._train(job)
         except (ClientError, PrivacyError, AggregationError) as error:
             return failure(job, fault_for(error), error)
@@ -193,7 +199,7 @@ class ResidentTrainer:
 
     def _train(self, job: ClientJob) -> Update:
         spec, assignment = job.adapter.spec, job.assignment
-        peft_model = self._shelf.model(spec)
+        peft_model = self.shelf.model(spec)
         memory = self._memory(job)
         past = memory.before(job.round) if memory else Memories()
         start, chosen = own_start(job, past), chosen_before(job)
@@ -201,7 +207,7 @@ class ResidentTrainer:
         if job.secure:
             self._desk.check(job, float(len(examples)))
         key, fingerprint = self._keys(job, start, examples)
-        features = self._shelf.features(peft_model, examples, job.plan.max_length, job.beside)
+        features = self.shelf.features(peft_model, examples, job.plan.max_length, job.beside)
         classes = torch.tensor(examples.labels)
         with attached(
             peft_model, start, assignment, beside=frozen(job.beside), chosen=chosen
@@ -229,7 +235,7 @@ class ResidentTrainer:
         )
         memories = made.memories
         if assignment.keeps == "overlay":
-            hidden = self._shelf.hidden(peft_model, job.beside)
+            hidden = self.shelf.hidden(peft_model, job.beside)
             memories |= overlays.train_own(
                 run, trained, past, assignment.mix, beside=job.beside, hidden=hidden
             )

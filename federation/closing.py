@@ -55,8 +55,11 @@ def close(
         _log.warning("round %d: %s: the adapter stays as it was", record.number, found)
         return replace(record, unchanged=found), None
     state, report = found
+    if report.unchanged:
+        _log.warning("round %d: %s", record.number, report.unchanged)
     record = replace(
         record,
+        unchanged=report.unchanged,
         adapter_out=state.adapter.digest,
         aggregation_error=_dropped(report) if beside else report.error,
         kept_energy=1.0 - _dropped(report) ** 2 if beside else report.energy,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregation.adapter import Adapter
 from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
 from aggregation.robust import GeometricMedian, NormClip
@@ -95,6 +96,21 @@ def test_fltrust_against_its_definition(seed: int, ranks: list[int]) -> None:
     assert np.linalg.norm(found - goal) < 1e-5 * np.linalg.norm(goal) + rounding
     assert report.influence[TRUSTED] == 0.0
     assert np.allclose([report.influence[u.client] for u in updates[:-1]], trust / total)
+    assert bool(report.unchanged) == (not trust.any())
+
+
+def test_a_round_that_counts_nobody_says_so() -> None:
+    state, (one, _), _ = mixed_round(3, [2, 2])
+    start = recipe("rfa").hand_out(state, one.adapter.spec)
+
+    def stepped(size: float) -> Adapter:
+        steps = {name: size * name.endswith("lora_B.weight") for name in start.tensors}
+        return Adapter(start.spec, {n: x + np.float32(steps[n]) for n, x in start.tensors.items()})
+
+    updates = [update(c, start, stepped(s), 1.0) for c, s in (("other", -0.1), (TRUSTED, 0.1))]
+    after, report = run(recipe("fltrust"), state, updates)
+    assert "points the way of the trusted" in report.unchanged
+    assert not after.any()  # the change
 
 
 @FEW

@@ -130,7 +130,7 @@ def test_random_ranks_move_and_no_other_not_even_by_noise(
     one = job(base, examples, assignment=assignment, privacy=private, round=2)
     masks = random_ranks(one.adapter.spec, 0.5, 3, "ann", 2)
     # On the model itself, before anything is put back.
-    peft_model = trainer._shelf.model(one.adapter.spec)
+    peft_model = trainer.shelf.model(one.adapter.spec)
     found = update(trainer, one)
     raw = models.read_tensors(peft_model, one.adapter.spec)
     for adapter in (raw, found.adapter):
@@ -277,7 +277,7 @@ def test_two_models_of_one_process_do_not_see_each_others_adapters(
     trainer: ResidentTrainer, base: BaseRef
 ) -> None:
     one, two = started(base), started(base, rank=2)
-    first, second = (trainer._shelf.model(a.spec) for a in (one, two))
+    first, second = (trainer.shelf.model(a.spec) for a in (one, two))
     models.load_tensors(second, two)
     before = logits_of(second)
     with attached(first, one, Assignment(), beside=frozen([residual(base, (1,))])):
@@ -366,14 +366,14 @@ def test_an_overlay_trains_beside_the_frozen_shared_adapter(
     shared = started(base)
     rng = np.random.default_rng(8)
     own = Adapter(shared.spec, {k: rng.normal(0, 0.2, v.shape) for k, v in shared})
-    peft_model = trainer._shelf.model(shared.spec)
-    features = trainer._shelf.features(peft_model, examples, 32)
+    peft_model = trainer.shelf.model(shared.spec)
+    features = trainer.shelf.features(peft_model, examples, 32)
     labels = torch.tensor(examples.labels)
     with attached(peft_model, shared, Assignment()) as attachment:
         run = LocalRound(peft_model, attachment, ONE_STEP, features, labels, seeded_key(1))
     found = overlays.train_own(
         run, shared, Memories({"overlay": own}), 0.3,
-        beside=(), hidden=trainer._shelf.hidden(peft_model),
+        beside=(), hidden=trainer.shelf.hidden(peft_model),
     ).adapters["overlay"]  # fmt: skip
     dense = models.build(base, 2)
     for module in shared.spec.modules:
@@ -405,9 +405,9 @@ def test_a_text_is_answered_by_its_own_mixture(
     shared = started(base)
     rng = np.random.default_rng(8)
     own = Adapter(shared.spec, {k: rng.normal(0, 0.5, v.shape) for k, v in shared})
-    peft_model = trainer._shelf.model(shared.spec)
+    peft_model = trainer.shelf.model(shared.spec)
     few = examples.rows([0, 1, 2])
-    features = trainer._shelf.features(peft_model, few, 32)
+    features = trainer.shelf.features(peft_model, few, 32)
     weights = torch.tensor([0.0, 0.4, 1.0])
     whole = measure(
         peft_model, shared, features, torch.tensor(few.labels), own=overlays.Own(own, weights)
@@ -441,11 +441,11 @@ def test_the_weight_of_a_text_is_its_mean_cosine_with_the_clients_own(
 
     for cache_bytes in (1 << 30, 0):
         trainer = ResidentTrainer(base, threads=1, cache_bytes=cache_bytes)
-        peft_model = trainer._shelf.model(started(base).spec)
-        hidden = trainer._shelf.hidden(peft_model)
+        peft_model = trainer.shelf.model(started(base).spec)
+        hidden = trainer.shelf.hidden(peft_model)
         own, asked = examples.rows(range(20)), examples.rows(range(20, 24))
-        middle = overlays.centre(trainer._shelf.features(peft_model, own, 32), hidden)
-        features = trainer._shelf.features(peft_model, asked, 32)
+        middle = overlays.centre(trainer.shelf.features(peft_model, own, 32), hidden)
+        features = trainer.shelf.features(peft_model, asked, 32)
         found = overlays.weights(features, hidden, middle, 0.5)
         for text, weight in zip(asked.texts, found.tolist(), strict=True):
             cosines = [torch.cosine_similarity(vector(text), vector(o), dim=0) for o in own.texts]
