@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import aggregation
 import airpeft
 
 HEAVY = ("torch", "transformers", "peft", "opacus", "flwr", "grpc", "tuf", "sqlalchemy", "numpy")
@@ -28,6 +31,12 @@ def modules_after(code: str) -> set[str]:
 )
 def test_no_other_distribution_owns_our_packages(name: str) -> None:
     assert set(packages_distributions()[name]) == {"airpeft"}
+
+
+def test_the_map_of_aggregation_names_every_room() -> None:
+    there = {path.stem for path in Path(aggregation.__path__[0]).glob("*.py")} - {"__init__"}
+    named = re.findall(r"``(\w+)``", aggregation.__doc__ or "")
+    assert sorted(named) == sorted(there)
 
 
 def test_help_imports_nothing_heavy() -> None:
