@@ -19,24 +19,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from aggregation import durable
+from trials import Document, Result, Trials
+
 from aggregation.recipes import RECIPES
-from clients.client_app import app as client_app
-from clients.trainer import Trainer
-from simulations import folder, workers
-from simulations.grid import LocalGrid
-from simulations.scenario import parse
-from simulations.server_app import serve
 
 CHOSEN = (
     "svd-warm-start",
@@ -50,7 +43,7 @@ CHOSEN = (
     "raflora",
     "hetlora",
 )
-RATES = (1e-4, 5e-4, 2e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 100
 SCENARIO: dict[str, Any] = {
@@ -58,100 +51,54 @@ SCENARIO: dict[str, Any] = {
     "partition": {"scheme": "dirichlet", "alpha": 0.3, "clients": 10, "min_examples": 40},
     "train": {
         "alpha": 16.0,
-        "layers": 2,
+        "layers": 1,
         "optimizer": "adamw",
-        "head_learning_rate": 0.003,
-        "batch_size": 16,
+        "head_learning_rate": 0.01,
+        "batch_size": 32,
         "steps": 6,
         "max_length": 24,
     },
-    "federation": {"rounds": 5},
+    "federation": {"rounds": 8},
 }
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One run.
+def run(made: Document) -> Result:
+    """One simulation, in this process; what the base computes below the adapters is kept.
 
-    Attributes:
-        recipe: its name.
-        rate: learning rate of the factors.
-        seed: of everything.
-        accuracy: on the held-out sentences, after the last round.
-        loss: the same, in nats.
-        before: accuracy before the first round.
-        up: bytes that one client sent in one round, on average.
-        down: bytes that one client got in one round, on average.
-        error: relative aggregation error of a round, on average.
+    Returns:
+        ``accuracy`` and ``loss`` (nats) on the held-out sentences after the last round, ``before``
+        the accuracy before the first; ``up`` and ``down``, the bytes that a client sent and got in
+        a round, on average; ``error``, the relative aggregation error of a round, on average.
     """
+    from simulations.run import simulate
+    from simulations.scenario import parse
 
-    recipe: str
-    rate: float
-    seed: int
-    accuracy: float
-    loss: float
-    before: float
-    up: float
-    down: float
-    error: float
+    with tempfile.TemporaryDirectory() as folder:
+        lines = simulate(parse(made), Path(folder) / "run").metrics
+    trained = [line for line in lines if line["used"]]
+    clients = sum(line["used"] for line in trained)
+    return {
+        "accuracy": lines[-1]["accuracy"],
+        "loss": lines[-1]["loss"],
+        "before": lines[0]["accuracy"],
+        "up": sum(line["bytes_up"] for line in trained) / clients,
+        "down": sum(line["bytes_down"] for line in trained) / clients,
+        "error": fmean(line["aggregation_error"] for line in trained),
+    }
 
 
-class Bench:
-    """Runs trials one after the other on the same resident trainers."""
-
-    def __init__(
-        self, pool: list[workers.TrainerWorker], where: Path, quick: bool, kept: Path | None
-    ) -> None:
-        self._pool, self._where, self._quick, self._kept = pool, where, quick, kept
-        self.done: list[Trial] = []
-        if kept and kept.is_file():
-            self.done = [Trial(**one) for one in json.loads(kept.read_text())]
-
-    def trial(self, recipe: str, rate: float, seed: int) -> Trial:
-        """Train once, or take the result of an earlier, interrupted command."""
-        for one in self.done:
-            if (one.recipe, one.rate, one.seed) == (recipe, rate, seed):
-                return one
-        found = self._train(recipe, rate, seed)
-        self.done.append(found)
-        if self._kept:
-            text = json.dumps([asdict(one) for one in self.done], indent=1)
-            durable.write_bytes(self._kept, text.encode() + b"\n")
-        return found
-
-    def _train(self, recipe: str, rate: float, seed: int) -> Trial:
-        scenario = parse(self._document(recipe, rate, seed))
-        with folder.locked(self._where / f"{len(self.done):03d}-{recipe}") as out:
-            run = folder.prepare(scenario, out)
-            trainer: Trainer = workers.WorkerTrainer(self._pool[0])
-            with LocalGrid(client_app, run.clients, workers=self._pool) as grid:
-                result = serve(grid, run, trainer, folder.SIMULATED, lambda _: None)
-        lines = result.metrics
-        trained = [line for line in lines if line["used"]]
-        clients = sum(line["used"] for line in trained)
-        return Trial(
-            recipe=recipe,
-            rate=rate,
-            seed=seed,
-            accuracy=lines[-1]["accuracy"],
-            loss=lines[-1]["loss"],
-            before=lines[0]["accuracy"],
-            up=sum(line["bytes_up"] for line in trained) / clients,
-            down=sum(line["bytes_down"] for line in trained) / clients,
-            error=fmean(line["aggregation_error"] for line in trained),
-        )
-
-    def _document(self, recipe: str, rate: float, seed: int) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(json.dumps(SCENARIO))
-        document["name"], document["seed"] = "recipes", seed
-        document["federation"]["recipe"] = recipe
-        document["train"]["learning_rate"] = rate
-        key, value = ("ranks", [4, 8, 16]) if mixed(recipe) else ("rank", 8)
-        document["train"][key] = value
-        if self._quick:
-            document["data"]["rows"] = 1200
-            document["federation"]["rounds"] = document["train"]["steps"] = 2
-        return document
+def document(recipe: str, rate: float, seed: int, quick: bool) -> Document:
+    """One run as a scenario."""
+    made: Document = json.loads(json.dumps(SCENARIO))
+    made["seed"] = seed
+    made["federation"]["recipe"] = recipe
+    made["train"]["learning_rate"] = rate
+    key, value = ("ranks", [4, 8, 16]) if mixed(recipe) else ("rank", 8)
+    made["train"][key] = value
+    if quick:
+        made["data"]["rows"] = 1200
+        made["federation"]["rounds"] = made["train"]["steps"] = 2
+    return made
 
 
 def mixed(recipe: str) -> bool:
@@ -159,27 +106,18 @@ def mixed(recipe: str) -> bool:
     return bool(RECIPES[recipe].describe()["mixed_ranks"])
 
 
-@contextmanager
-def bench(quick: bool, kept: Path | None) -> Iterator[Bench]:
-    """Two resident trainers in a folder that vanishes."""
-    with tempfile.TemporaryDirectory() as name:
-        where = Path(name)
-        with workers.pool(2, "minilm", where / "ledger.sqlite", where / "logs") as pool:
-            yield Bench(list(pool), where, quick, kept)
-
-
-def table(trials: list[Trial], best: dict[str, float]) -> Iterator[str]:
+def table(found: Mapping[str, list[Result]], best: Mapping[str, float]) -> Iterator[str]:
     """The lines of the table, in Markdown."""
     yield "| recipe | ranks | rate | accuracy | spread | loss | error | up kB | down kB |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for recipe, rate in best.items():
-        own = [t for t in trials if t.recipe == recipe and t.seed != TUNING_SEED]
-        found = [100 * t.accuracy for t in own]
+    for recipe, own in found.items():
+        each = [100 * t["accuracy"] for t in own]
         yield (
-            f"| `{recipe}` | {'4, 8, 16' if mixed(recipe) else '8'} | {rate:g} "
-            f"| {fmean(found):.1f} | {max(found) - min(found):.1f} "
-            f"| {fmean(t.loss for t in own):.3f} | {fmean(t.error for t in own):.3f} "
-            f"| {fmean(t.up for t in own) / 1000:.1f} | {fmean(t.down for t in own) / 1000:.1f} |"
+            f"| `{recipe}` | {'4, 8, 16' if mixed(recipe) else '8'} | {best[recipe]:g} "
+            f"| {fmean(each):.1f} | {max(each) - min(each):.1f} "
+            f"| {fmean(t['loss'] for t in own):.3f} | {fmean(t['error'] for t in own):.3f} "
+            f"| {fmean(t['up'] for t in own) / 1000:.1f} "
+            f"| {fmean(t['down'] for t in own) / 1000:.1f} |"
         )
 
 
@@ -191,20 +129,22 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny runs: shows the table only")
     parser.add_argument("--json", type=Path, help="keep every run in this file, and go on from it")
     parser.add_argument("--recipes", default=",".join(CHOSEN), help="names, with commas")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     asked = parser.parse_args()
-    began, trials, best = time.monotonic(), list[Trial](), dict[str, float]()
+    names = asked.recipes.split(",")
     rates, seeds = (RATES[:2], SEEDS[:2]) if asked.quick else (RATES, SEEDS)
-    with bench(asked.quick, asked.json) as here:
-        for recipe in asked.recipes.split(","):
-            tried = [here.trial(recipe, rate, TUNING_SEED) for rate in rates]
-            best[recipe] = max(tried, key=lambda t: (t.accuracy, -t.loss)).rate
-            trials += tried
-            trials += [here.trial(recipe, best[recipe], seed) for seed in seeds]
-            last = 100 * fmean(t.accuracy for t in trials[-len(seeds) :])
-            print(f"{time.monotonic() - began:5.0f} s  {recipe}: {last:.1f}", file=sys.stderr)
-    before = 100 * fmean(t.before for t in trials)
+    with Trials(run, asked.json, asked.processes) as trials:
+        grid = [(name, rate) for name in names for rate in rates]
+        tried = trials.all(document(*one, TUNING_SEED, asked.quick) for one in grid)
+        score = {one: (end["accuracy"], -end["loss"]) for one, end in zip(grid, tried, strict=True)}
+        best = {name: max(rates, key=lambda rate: score[name, rate]) for name in names}
+        ends = trials.all(
+            document(name, best[name], seed, asked.quick) for name in names for seed in seeds
+        )
+    found = {name: ends[i * len(seeds) : (i + 1) * len(seeds)] for i, name in enumerate(names)}
+    before = 100 * fmean(end["before"] for end in ends)
     print(f"accuracy before training {before:.1f}; {len(seeds)} seeds; rates tried {rates}\n")
-    print("\n".join(table(trials, best)))
+    print("\n".join(table(found, best)))
     return 0
 
 
