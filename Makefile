@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check protos protos-current format format-check lint types contracts docs bench lock clean
+.PHONY: help setup demo test check protos protos-current format format-check lint types contracts docs bench experiments lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -70,8 +70,13 @@ protos-current: $(STAMP)  ## check that the generated code is current
 docs: $(STAMP)  ## check that every command and link in README and docs exists
 	@$(BIN)/python -m pytest tests/test_docs.py -q
 
+EXPERIMENTS := benchmarks/recipes.py benchmarks/private_accuracy.py
+
 bench: $(STAMP)  ## print the benchmarks, as ratios against a baseline of the same run
-	@for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+	@for f in $(filter-out $(EXPERIMENTS) benchmarks/trials.py,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+experiments: $(STAMP)  ## train what the tables of the docs show (about an hour on two cores)
+	@for f in $(EXPERIMENTS); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
 
 lock:  ## resolve the requirements anew and write requirements/lock.txt
 	@folder=$$(mktemp -d) && $(PYTHON) -m venv $$folder \

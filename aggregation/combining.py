@@ -277,7 +277,8 @@ def _check_trusted(recipe: Recipe, trusted: str) -> None:
     if recipe.reduce.trusts and not trusted:
         raise RecipeError(
             f"{recipe.name}: reduce={recipe.reduce} measures updates against that of a client that "
-            "the server trusts, with data known to be clean; name that client with trusted=..."
+            "the server trusts, with data known to be clean; name that client with trusted=... "
+            "(off line --trusted FOLDER)"
         )
     if trusted and not recipe.reduce.trusts:
         raise RecipeError(

@@ -83,13 +83,3 @@ class Trials:
 
 def _name(made: Document) -> str:
     return json.dumps(made, sort_keys=True)
-
-
-def main() -> int:
-    """Nothing by itself."""
-    print("what private_accuracy.py and recipes.py have in common")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
