@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trials import Document, Result, Trials
+from _trials import Document, Result, Trials
 
 RECIPES = ("fedit", "ffa-lora", "fedsvd")
 BUDGETS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)

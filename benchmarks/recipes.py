@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trials import Document, Result, Trials
+from _trials import Document, Result, Trials
 
 from aggregation.recipes import RECIPES
 
