@@ -30,9 +30,11 @@ class Metrics:
         self.bundles = counter("airpeft_bundles_pushed_total", "Metadata bundles pushed.")
         self.fetches = counter("airpeft_fetches_total", "Downloads by how they ended.", "result")
         self.fetched = counter("airpeft_fetch_bytes_total", "Payload and metadata bytes sent.")
-        self.stalled = counter("airpeft_stalled_readers_total", "Downloads that nobody read.")
-        self.malformed = counter(
-            "airpeft_malformed_requests_total", "Requests that do not parse, or out of bounds."
+        self.refused = counter(
+            "airpeft_requests_refused_total",
+            "Calls of devices that were refused, by call and reason.",
+            "call",
+            "reason",
         )
         self.altered = counter(
             "airpeft_altered_payloads_total", "Payload files that are not what their name says."
@@ -40,11 +42,10 @@ class Metrics:
         self.reports = counter(
             "airpeft_reports_total", "Device reports taken in.", "event", "reason"
         )
-        self.refused = counter("airpeft_reports_refused_total", "Device reports refused.", "reason")
-        self.enrolments = counter("airpeft_enrolments_total", "Enrolments by result.", "result")
-        self.denied = counter(
-            "airpeft_calls_denied_total", "Calls with a certificate that is not admitted."
+        self.repeated = counter(
+            "airpeft_reports_repeated_total", "Device reports that had come before: without effect."
         )
+        self.enrolments = counter("airpeft_enrolments_total", "Enrolments by result.", "result")
         self.round = Gauge(
             "airpeft_round_sequence", "Sequence of the round in force.", registry=self.registry
         )
