@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from aggregation.durable import write_bytes
+from aggregation.durable import StorageError, write_bytes
 from clients import health, identity
 from clients.connection import enrol
 from clients.device_settings import DeviceError, DeviceSettings
@@ -119,7 +119,10 @@ def run_device(
         endpoint.start()
         url = f"http://127.0.0.1:{endpoint.port}"
         document = {"url": url, "port": endpoint.port, "pid": os.getpid()}
-        write_bytes(home / ENDPOINT_FILE, json.dumps(document).encode())
+        try:
+            write_bytes(home / ENDPOINT_FILE, json.dumps(document).encode())
+        except StorageError as error:  # to be asked how it is matters less than to serve
+            log.error("'airpeft device status' will not find this process: %s", error)
         worker = threading.Thread(target=agent.run, name="agent", daemon=True)
         worker.start()
         try:

@@ -154,6 +154,9 @@ class HealthWatch:
             watched = self._watched
             if watched is None:
                 return
+            if watched.verdict:  # a revert that the disk did not take
+                self._go_back(watched)
+                return
             if self._is_over(watched):
                 log.info("the bake is over; the release stays")
                 self._drop()
