@@ -30,8 +30,8 @@ from clients.watch import WatchPolicy
 from federation.published import ReleaseRecord
 from protos.messages import DeviceEvent, RejectReason, Report, decode_report
 from protos.signed import Assignment, ReleaseStatement
-from tests.full_disk import full_after
 from tests.device.small_engine import SmallEngine, small_adapter
+from tests.full_disk import full_after
 from tests.trust.fleet_of_one import Publisher
 from tests.waiting import until
 
