@@ -153,7 +153,6 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
     from clients.sources import open_sources
     from clients.telemetry import ReportQueue
     from clients.trust import DeviceFacts, Trust
-    from clients.watch import WatchPolicy
 
     torch.set_num_threads(settings.threads)
     held_out = None
@@ -208,7 +207,7 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         policy=AgentPolicy(
             install=InstallPolicy(
                 quality_tolerance=settings.quality_tolerance,
-                watch=WatchPolicy(seconds=settings.watch_seconds),
+                watch=settings.watch,
             ),
             health_seconds=settings.health_seconds,
             reconnect=settings.reconnect_seconds,
@@ -221,6 +220,10 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
             now=lambda: datetime.now(UTC),
             zone=settings.zone,
             command=settings.update_lock,
+            ask_again_seconds=settings.lock_seconds,
+            unfit=lambda: health.unfit(
+                health.measure(home), min_battery_percent=settings.min_battery_percent
+            ),
         ),
         on_report=metrics.report,
     )

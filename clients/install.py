@@ -12,7 +12,7 @@ active one on disk, and until the publish it is the one that serves. What comes 
     guard    names, shapes, finiteness, norms   REJECTED guard            never again
     load     cannot be loaded, no finite answer REVERTED self-test        never again
     probe    worse on the own held-out data     REVERTED quality-regressed  never again
-    bake     memory or latency out of bounds    REVERTED health-regressed   never again
+    bake     memory, latency, heat or load      REVERTED health-regressed   never again
 
 "Never again" is remembered durably, by release, and the running adapter serves on throughout.
 """
@@ -314,7 +314,10 @@ class Installer:
 
     def _vitals(self) -> Vitals:
         latency = latency_of(self._runtime, self._runtime.pin(), self._texts)
-        return Vitals(measure_health(self._home).process_memory_bytes, latency)
+        health = measure_health(self._home)
+        return Vitals(
+            health.process_memory_bytes, latency, health.temperature_celsius, health.load_1min
+        )
 
     def _is_older(self, record: SlotRecord) -> bool:
         active = self._slots.active()
