@@ -281,7 +281,8 @@ class Agent:
                     detail="already installed",
                 )
             return
-        if self._waits(release.sha256):
+        order = f"{release.sha256} in round {release.sequence}"  # a new round is looked at at once
+        if self._waits(order):
             return
         wait: Wait | None = None
 
@@ -300,9 +301,9 @@ class Agent:
         self.status.waiting = wait.why if wait is not None else ""
         if wait is not None and outcome is Outcome.WAITING:
             log.info("%s is staged: %s", release.name, wait.why)
-            self._due = (release.sha256, time.monotonic() + min(wait.seconds, ASK_AGAIN))
+            self._due = (order, time.monotonic() + min(wait.seconds, ASK_AGAIN))
         elif outcome is Outcome.LATER:
-            self._due = (release.sha256, time.monotonic() + self._later.next())
+            self._due = (order, time.monotonic() + self._later.next())
         else:
             self._later.reset()
             self._due = None
@@ -373,5 +374,5 @@ class Agent:
             log.error("%s", error)
             return None
 
-    def _waits(self, sha256: str) -> bool:
-        return self._due is not None and self._due[0] == sha256 and time.monotonic() < self._due[1]
+    def _waits(self, order: str) -> bool:
+        return self._due is not None and self._due[0] == order and time.monotonic() < self._due[1]

@@ -160,9 +160,9 @@ class Gateway:
         metadata = self.publisher.signed_adapters(statement, data)
         return self.repository.publish_release(metadata, data, now=datetime.now(UTC))
 
-    def order(self, *what: Any, rollout: str) -> None:
+    def order(self, *what: Any, rollout: str, window: str = "") -> None:
         self.publisher.now = datetime.now(UTC)
-        self.publisher.order(*what, rollout=rollout)
+        self.publisher.order(*what, rollout=rollout, window=window)
         self.changed()
 
     def payload_file(self, record: ReleaseRecord) -> Path:
