@@ -41,6 +41,7 @@ from federation.published import NotFoundError, PublishError, ReleaseRecord
 from federation.rollout_book import NoRolloutError
 from federation.waves import RolloutError
 
+BEHIND_HOURS = 24.0  # the life of a timestamp
 BODY_MAX = 96 * 1024 * 1024  # bytes; a release is posted in base64
 
 STATUS: dict[type[Exception], int] = {
@@ -144,7 +145,10 @@ def _add_open_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        devices = Counter("revoked" if d["revoked"] else "active" for d in desk.fleet.devices())
+        known = desk.fleet.devices()
+        devices = Counter("revoked" if d["revoked"] else "active" for d in known)
+        ages = [desk.dates.hours(d) or 0.0 for d in known if not d["revoked"]]
+        desk.metrics.behind.set(sum(hours > BEHIND_HOURS for hours in ages))
         rollouts = Counter(record.rollout.state.value for record in desk.ticker.records())
         desk.metrics.round.set(desk.repository.round().sequence)
         for one in desk.repository.expiries():
@@ -180,11 +184,14 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
     @app.get("/v1/devices")
     def devices(operator: look, where: Where = "") -> dict[str, Any]:
         newest = desk.repository.versions()["timestamp"]
-        return {"devices": desk.fleet.devices(_filter(where)), "timestamp_version": newest}
+        rows = desk.fleet.devices(_filter(where))
+        found = [{**row, "metadata_hours": desk.dates.hours(row)} for row in rows]
+        return {"devices": found, "timestamp_version": newest}
 
     @app.get("/v1/devices/{device_id}")
     def device(device_id: str, operator: look) -> dict[str, Any]:
-        return desk.fleet.device(device_id)
+        found = desk.fleet.device(device_id)
+        return {**found, "metadata_hours": desk.dates.hours(found)}
 
     @app.post("/v1/devices/{device_id}/revoke")
     def revoke(device_id: str, body: RevokeRequest, operator: operate) -> dict[str, Any]:

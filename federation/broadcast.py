@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import random
 import time
@@ -65,6 +66,7 @@ class Feed:
         self._ready: dict[int, bytes] = {}
         self.change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
+        self.version = 0  # of the timestamp in what was read last
 
     def current(self, root_version: int) -> bytes:
         """The serialised event; equal versions share one object."""
@@ -72,7 +74,9 @@ class Feed:
         if files is None:
             if len(self._ready) >= 64:  # a device may claim any number
                 self._ready.clear()
-            files = to_wire(self._bundle(root_version)).SerializeToString()
+            bundle = self._bundle(root_version)
+            self.version = _version_of(bundle)
+            files = to_wire(bundle).SerializeToString()
             self._ready[root_version] = files
         return files
 
@@ -110,6 +114,7 @@ class FleetService:
         patience: seconds that one of them waits.
         stall: seconds that one message may wait for its reader.
         request: seconds until a request must have come as a whole.
+        sent: told which version of the timestamp a device has.
     """
 
     def __init__(
@@ -125,12 +130,13 @@ class FleetService:
         patience: float = PATIENCE,
         stall: float = STALL,
         request: float = REQUEST,
+        sent: Callable[[str, int], None] = lambda device, version: None,
     ) -> None:
         self._fleet, self._feed, self._chunks, self._metrics = fleet, feed, chunks, metrics
         self._reported, self._heartbeat = reported, heartbeat
         self._places, self._waiting = asyncio.Semaphore(downloads), 0
         self._room, self._patience, self._stall = WAITING * downloads, patience, stall
-        self._request = request
+        self._request, self._sent = request, sent
         self._turned_away, self._turned_until = 0, 0.0
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -155,6 +161,7 @@ class FleetService:
         device, serial = await self._admit(context)
         request = await request_of(context, pb.WatchRequest, self._request)
         sent = b""
+        self._sent(device, request.timestamp_version)
         with (
             self._metrics.streams.track_inprogress(),
             self._fleet.connected(device, request.timestamp_version),
@@ -165,6 +172,7 @@ class FleetService:
                 if newest != sent:
                     await self._write(context, newest)
                     self._metrics.bundles.inc()
+                    self._sent(device, self._feed.version)
                     sent = newest
                 else:
                     await self._write(context, _heartbeat())
@@ -293,6 +301,13 @@ class FleetService:
         if not self._fleet.admits(device, serial):
             raise _denied(device)
         return device, serial
+
+
+def _version_of(bundle: MetadataBundle) -> int:
+    try:
+        return int(json.loads(bundle.files["timestamp.json"])["signed"]["version"])
+    except (KeyError, TypeError, ValueError):
+        return 0
 
 
 def _denied(device: str) -> Refused:

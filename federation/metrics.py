@@ -24,6 +24,11 @@ class Metrics:
         self.devices = Gauge(
             "airpeft_devices", "Enrolled devices by state.", ["state"], registry=self.registry
         )
+        self.behind = Gauge(
+            "airpeft_devices_behind",
+            "Devices that have lacked newer metadata for a day.",
+            registry=self.registry,
+        )
         self.rollouts = Gauge(
             "airpeft_rollouts", "Rollouts by state.", ["state"], registry=self.registry
         )

@@ -22,6 +22,7 @@ from federation.audit import GENESIS
 from federation.comparison import compare
 from federation.desk import Desk
 from federation.facts import TagError, changed_tags
+from federation.metadata_age import Dates
 from federation.metrics import Metrics
 from federation.migrations.versions import r0001_fleet, r0002_rollouts
 from federation.online_keys import online_signer
@@ -60,6 +61,7 @@ class Interface:
             ticker=house.ticker,
             repository=house.repository,
             metrics=Metrics(),
+            dates=Dates(house.store),
             endpoints=lambda: {},
             wake=lambda: None,
             online_key=lambda keyid: online_signer(house.home, keyid, None),

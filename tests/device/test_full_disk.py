@@ -19,6 +19,7 @@ from aggregation import payload
 from aggregation.adapter import Adapter
 from clients.agent import Agent, AgentPolicy
 from clients.connection import ConnectionLost
+from clients.health import NoSpace, require_space
 from clients.install import InstallPolicy
 from clients.link import Backoff
 from clients.runtime import Request
@@ -58,11 +59,19 @@ class Shelf:
 class Unit:
     """One start of a device's agent; nothing but what the test does happens."""
 
-    def __init__(self, home: Path, runtime: Any, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        home: Path,
+        runtime: Any,
+        publisher: Publisher,
+        queue: ReportQueue | None = None,
+    ) -> None:
         rng = random.Random(3)  # noqa: S311
         self.home, self.runtime, self.publisher = home, runtime, publisher
         self.shelf = Shelf(publisher)
-        self.queue = ReportQueue(home, device_id="d-1", sign=lambda body: body, now_ms=lambda: 1)
+        self.queue = queue or ReportQueue(
+            home, device_id="d-1", sign=lambda body: body, now_ms=lambda: 1
+        )
         self.told: list[Report] = []
         watch = WatchPolicy(seconds=3600.0)
         self.agent = Agent(
@@ -257,3 +266,16 @@ def test_a_start(tmp_path, publisher, runtime, adapters, installed) -> None:
         if disk.refused == 0:
             assert number > 5
             return
+
+
+def test_what_is_too_large_is_not_even_fetched(publisher, runtime, adapters, installed) -> None:
+    publisher.order(release(publisher, adapters[1], 2), rollout="r2")
+    unit = Unit(installed, runtime, publisher)
+    unit.agent.start()
+    unit.shelf.fetch = lambda path, offset: pytest.fail("a byte was asked for")  # type: ignore[method-assign]
+    unit.agent._installer._policy = InstallPolicy(max_payload_bytes=100)
+    unit.hear()
+    assert unit.events("stable-2") == [(Event.REJECTED, RejectReason.GUARD)]
+    with pytest.raises(NoSpace, match=r"the install needs 9\d+ and leaves"):
+        require_space(installed, 9 * 10**15)
+    assert runtime.pin().name == "stable-1"
