@@ -51,6 +51,11 @@ class Metrics:
             "airpeft_reports_repeated_total", "Device reports that had come before: without effect."
         )
         self.enrolments = counter("airpeft_enrolments_total", "Enrolments by result.", "result")
+        self.operators = counter(
+            "airpeft_operator_requests_refused_total",
+            "Requests of operators that were refused, by HTTP status.",
+            "status",
+        )
         self.round = Gauge(
             "airpeft_round_sequence", "Sequence of the round in force.", registry=self.registry
         )
