@@ -21,10 +21,12 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from aggregation.durable import StorageError
 from clients.agent_policy import AgentPolicy
 from clients.connection import Connection, ConnectionLost, Denied
+from clients.health import NoSpace
 from clients.health import measure as measure_health
 from clients.install import Installer, Outcome
 from clients.leaving import Leaving
@@ -227,9 +229,7 @@ class Agent:
             )
             return False
         except (TrustStateError, StorageError) as error:
-            full = RejectReason.NO_SPACE if is_full(error.__cause__) else None
-            self._reporter.tell_once(DeviceEvent.FAILED, reason=full, detail=str(error))
-            self._due = ("", time.monotonic() + self._later.next())
+            self._try_later(error)
             return False
         if connection is not None:
             self._reporter.believe(connection)
@@ -243,6 +243,12 @@ class Agent:
                 self._install(release, connection)
         return True
 
+    def _try_later(self, error: Exception, **fields: Any) -> None:
+        """The device's own disk stood in the way: said once, and tried again."""
+        reason = RejectReason.NO_SPACE if is_full(error) else None
+        self._reporter.tell_once(DeviceEvent.FAILED, reason=reason, detail=str(error), **fields)
+        self._due = ("", time.monotonic() + self._later.next())
+
     def _leave_revoked(self) -> None:
         if not self._leaving.leave():
             self._due = ("", time.monotonic() + self._later.next())
@@ -250,7 +256,10 @@ class Agent:
     def _withdraw(self, order: Withdraw) -> None:
         if self._slots.state.active is not None:
             log.info("serving the base alone: %s", order.reason)
-            self._installer.withdraw(order.rollout, order.sequence)
+            try:
+                self._installer.withdraw(order.rollout, order.sequence)
+            except (NoSpace, StorageError) as error:
+                self._try_later(error, rollout=order.rollout, round_sequence=order.sequence)
         else:
             self._reporter.tell_once(
                 DeviceEvent.COMMITTED,
@@ -272,7 +281,8 @@ class Agent:
                     detail="already installed",
                 )
             return
-        if self._waits(release.sha256):
+        order = f"{release.sha256} in round {release.sequence}"  # a new round is looked at at once
+        if self._waits(order):
             return
         wait: Wait | None = None
 
@@ -291,9 +301,9 @@ class Agent:
         self.status.waiting = wait.why if wait is not None else ""
         if wait is not None and outcome is Outcome.WAITING:
             log.info("%s is staged: %s", release.name, wait.why)
-            self._due = (release.sha256, time.monotonic() + min(wait.seconds, ASK_AGAIN))
+            self._due = (order, time.monotonic() + min(wait.seconds, ASK_AGAIN))
         elif outcome is Outcome.LATER:
-            self._due = (release.sha256, time.monotonic() + self._later.next())
+            self._due = (order, time.monotonic() + self._later.next())
         else:
             self._later.reset()
             self._due = None
@@ -364,5 +374,5 @@ class Agent:
             log.error("%s", error)
             return None
 
-    def _waits(self, sha256: str) -> bool:
-        return self._due is not None and self._due[0] == sha256 and time.monotonic() < self._due[1]
+    def _waits(self, order: str) -> bool:
+        return self._due is not None and self._due[0] == order and time.monotonic() < self._due[1]

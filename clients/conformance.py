@@ -212,8 +212,11 @@ def init(folder: Path, root: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code."""
-    options = _parser().parse_args(arguments)
+    """The command line; the exit code, which is 0 or 1 and nothing else."""
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as end:
+        return 1 if end.code else 0
     folder = Path(options.metadata_dir)
     try:
         if options.command == "init":

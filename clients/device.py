@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from aggregation.durable import write_bytes
+from aggregation.durable import StorageError, write_bytes
 from clients import health, identity
 from clients.connection import enrol
 from clients.device_settings import DeviceError, DeviceSettings
@@ -119,7 +119,10 @@ def run_device(
         endpoint.start()
         url = f"http://127.0.0.1:{endpoint.port}"
         document = {"url": url, "port": endpoint.port, "pid": os.getpid()}
-        write_bytes(home / ENDPOINT_FILE, json.dumps(document).encode())
+        try:
+            write_bytes(home / ENDPOINT_FILE, json.dumps(document).encode())
+        except StorageError as error:  # to be asked how it is matters less than to serve
+            log.error("'airpeft device status' will not find this process: %s", error)
         worker = threading.Thread(target=agent.run, name="agent", daemon=True)
         worker.start()
         try:
@@ -150,7 +153,6 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
     from clients.sources import open_sources
     from clients.telemetry import ReportQueue
     from clients.trust import DeviceFacts, Trust
-    from clients.watch import WatchPolicy
 
     torch.set_num_threads(settings.threads)
     held_out = None
@@ -205,7 +207,7 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         policy=AgentPolicy(
             install=InstallPolicy(
                 quality_tolerance=settings.quality_tolerance,
-                watch=WatchPolicy(seconds=settings.watch_seconds),
+                watch=settings.watch,
             ),
             health_seconds=settings.health_seconds,
             reconnect=settings.reconnect_seconds,
@@ -218,6 +220,10 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
             now=lambda: datetime.now(UTC),
             zone=settings.zone,
             command=settings.update_lock,
+            ask_again_seconds=settings.lock_seconds,
+            unfit=lambda: health.unfit(
+                health.measure(home), min_battery_percent=settings.min_battery_percent
+            ),
         ),
         on_report=metrics.report,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from pydantic_settings import (
 )
 
 from clients.errors import ClientError
+from clients.watch import WatchPolicy
 
 
 class DeviceError(ClientError):
@@ -40,7 +42,12 @@ class DeviceSettings(BaseSettings):
         time_zone: of the device, such as Europe/Berlin, for install windows; empty: the system's.
         update_lock: command and arguments; a status other than 0 means that now is a bad time to
             load a release. A file update.lock in the home folder says the same.
+        lock_seconds: between two looks at what holds a release back.
+        min_battery_percent: no release is loaded while the battery, if there is one, has less.
         watch_seconds: after an install the device watches its health for at least so long.
+        max_temperature_celsius: of the hottest sensor; a release that takes the device beyond it
+            while it is watched goes back. None: not looked at.
+        max_load_rise: likewise, how much the load of one minute may grow. None: not looked at.
         later_seconds: first and largest bound of the wait before a failed install is tried again.
         sources: where releases come from, in order: fleet, https://..., folders (clients.sources).
         source_authority: certificate (PEM) that HTTPS sources may be signed by, beside the fleet's
@@ -65,7 +72,11 @@ class DeviceSettings(BaseSettings):
     later_seconds: tuple[float, float] = (30.0, 3600.0)
     time_zone: str = ""
     update_lock: tuple[str, ...] = ()
+    lock_seconds: float = Field(30.0, gt=0.0)
+    min_battery_percent: int = Field(0, ge=0, le=100)
     watch_seconds: float = Field(60.0, ge=0.0, le=86_400.0)
+    max_temperature_celsius: float | None = Field(None, gt=0.0)
+    max_load_rise: float | None = Field(None, gt=0.0)
     sources: tuple[str, ...] = ("fleet",)
     source_authority: Path | None = None
     mirror_seconds: float = Field(300.0, gt=0.0)
@@ -80,6 +91,16 @@ class DeviceSettings(BaseSettings):
             except (ZoneInfoNotFoundError, ValueError, OSError):
                 raise ValueError("not the name of a time zone, such as Europe/Berlin") from None
         return name
+
+    @property
+    def watch(self) -> WatchPolicy:
+        """What counts as worse after an install."""
+        heat, rise = self.max_temperature_celsius, self.max_load_rise
+        return WatchPolicy(
+            seconds=self.watch_seconds,
+            max_temperature_celsius=math.inf if heat is None else heat,
+            max_load_rise=math.inf if rise is None else rise,
+        )
 
     @property
     def zone(self) -> ZoneInfo | None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import os
 import socket
 import threading
 import time
@@ -74,10 +76,15 @@ class DeviceMetrics:
             ["event", "reason"],
             registry=self.registry,
         )
-        self._memory = Gauge(
-            "airpeft_device_memory_bytes", "Resident memory.", registry=self.registry
-        )
 
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"airpeft_device_{name}", text, registry=self.registry)
+
+        self._memory = gauge("memory_bytes", "Resident memory.")
+        self._disk = gauge("disk_free_bytes", "Free space on the disk of the home folder.")
+        self._load = gauge("load_ratio", "Load of the last minute for each processor.")
+        self._battery = gauge("battery_ratio", "Charge of the battery; NaN without one.")
+        self._heat = gauge("temperature_celsius", "The hottest sensor; NaN without one.")
         self._sources = Counter(
             "airpeft_device_source_tries",
             "Tries of a source of releases, by its kind and how the try ended.",
@@ -96,10 +103,16 @@ class DeviceMetrics:
         self._seconds.observe(seconds)
 
     def report(self, report: Report) -> None:
-        """Count one report; its health, if it has any, becomes the gauge."""
+        """Count one report; its health, if it has any, becomes the gauges."""
         self._events.labels(report.event.value, report.reason.value if report.reason else "").inc()
         if report.health is not None:
-            self._memory.set(report.health.process_memory_bytes)
+            health = report.health
+            self._memory.set(health.process_memory_bytes)
+            self._disk.set(health.disk_free_bytes)
+            self._load.set(health.load_1min / (os.cpu_count() or 1))
+            battery, heat = health.battery_percent, health.temperature_celsius
+            self._battery.set(math.nan if battery is None else battery / 100)
+            self._heat.set(math.nan if heat is None else heat)
 
     def render(self) -> bytes:
         """Prometheus' text format."""

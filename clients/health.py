@@ -44,6 +44,20 @@ def measure(home: Path) -> Health:
     )
 
 
+def unfit(health: Health, *, min_battery_percent: int = 0) -> str:
+    """Why a device that is so should not load a release now; empty if nothing speaks against it.
+
+    >>> low = Health(memory_available_bytes=1, process_memory_bytes=1, disk_free_bytes=1,
+    ...              load_1min=0.0, battery_percent=12)
+    >>> unfit(low, min_battery_percent=20)
+    'the battery has 12 %, 20 % are asked for'
+    """
+    battery = health.battery_percent
+    if battery is not None and battery < min_battery_percent:
+        return f"the battery has {battery} %, {min_battery_percent} % are asked for"
+    return ""
+
+
 def inventory(*, agent_version: str, base_digest: str, runtime: str) -> Inventory:
     """What this device is, as it says at enrolment."""
     return Inventory(

@@ -12,7 +12,7 @@ active one on disk, and until the publish it is the one that serves. What comes 
     guard    names, shapes, finiteness, norms   REJECTED guard            never again
     load     cannot be loaded, no finite answer REVERTED self-test        never again
     probe    worse on the own held-out data     REVERTED quality-regressed  never again
-    bake     memory or latency out of bounds    REVERTED health-regressed   never again
+    bake     memory, latency, heat or load      REVERTED health-regressed   never again
 
 "Never again" is remembered durably, by release, and the running adapter serves on throughout.
 """
@@ -36,7 +36,7 @@ from clients.health import measure as measure_health
 from clients.inspection import Refusal, open_payload
 from clients.install_policy import InstallPolicy, Outcome, Tell
 from clients.link import Backoff
-from clients.partial import PayloadMismatch
+from clients.partial import PayloadMismatch, is_full
 from clients.probe import SELF_TEST, HeldOut, SelfTestError, latency_of, self_test
 from clients.quality import QualityGate
 from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
@@ -118,18 +118,29 @@ class Installer:
             with self._changing:
                 return self._try(record, fetched, bake_seconds)
         except Refusal as refusal:
+            return self._refuse(record, refusal, forget)
+        except (NoSpace, StorageError, SlotDamaged, MemoryError) as error:
+            return self._fail(record, error)
+
+    def _refuse(self, record: SlotRecord, refusal: Refusal, forget: Callable[[], None]) -> Outcome:
+        """Say why, and remember it; what cannot be remembered now is found out once more."""
+        log.warning("%s: %s: %s", record.release, refusal.event, refusal)
+        self._report(record, refusal.event, **refusal.fields, detail=str(refusal))
+        try:
             if refusal.final:
                 forget()
             if self._slots.state.trial is not None:
                 self._slots.revert()
-            log.warning("%s: %s: %s", record.release, refusal.event, refusal)
-            self._report(record, refusal.event, **refusal.fields, detail=str(refusal))
-            return Outcome.REFUSED if refusal.final else Outcome.LATER
-        except (NoSpace, StorageError, SlotDamaged, MemoryError) as error:
-            log.warning("%s: %s", record.release, error)
-            reason = RejectReason.NO_SPACE if isinstance(error, NoSpace) else None
-            self._report(record, DeviceEvent.FAILED, reason=reason, detail=str(error))
-            return Outcome.LATER
+        except (NoSpace, StorageError) as error:
+            return self._fail(record, error)
+        return Outcome.REFUSED if refusal.final else Outcome.LATER
+
+    def _fail(self, record: SlotRecord, error: Exception) -> Outcome:
+        """Something of the device's own, which may pass."""
+        log.warning("%s: %s", record.release, error)
+        reason = RejectReason.NO_SPACE if is_full(error) else None
+        self._report(record, DeviceEvent.FAILED, reason=reason, detail=str(error))
+        return Outcome.LATER
 
     def restore(self) -> AdapterVersion:
         """At the start: publish what was committed last; fall back where it is damaged."""
@@ -155,7 +166,11 @@ class Installer:
                 log.error("the committed release cannot be used: %s", error)
                 name = record.release if record else ""
                 self._tell(DeviceEvent.FAILED, release=name, detail=f"at start: {error}")
-                self._slots.fall_back()
+                try:
+                    self._slots.fall_back()
+                except (NoSpace, StorageError) as full:
+                    log.error("the base alone serves until the next start: %s", full)
+                    break
         return self._runtime.pin()
 
     # --- the steps --------------------------------------------------------------------------------
@@ -263,13 +278,20 @@ class Installer:
             quality = fields.pop("quality", None)
             fields["quality"] = Quality(**quality) if quality else None
             fields["health"] = measure_health(self._home)
-            self._tell(DeviceEvent.COMMITTED, **fields)
-            self._slots.told()
+            if not self._tell(DeviceEvent.COMMITTED, **fields):
+                return  # kept in memory alone: said once more after a restart
+            try:
+                self._slots.told()
+            except (NoSpace, StorageError) as error:
+                log.warning("the commit is told, and will be once more after a restart: %s", error)
 
     def resume_watch(self) -> None:
         """At the start, after :meth:`restore`: go on watching what is on probation."""
         active = self._slots.active() if self._slots.state.active is not None else None
-        self.watch.resume(active.sha256 if active is not None else None)
+        try:
+            self.watch.resume(active.sha256 if active is not None else None)
+        except (NoSpace, StorageError) as error:
+            log.warning("the watch goes on with what it knew: %s", error)
 
     def _go_back(self, sha256: str, detail: str) -> None:
         """Leave a committed release for the one before; the report is durable at the end."""
@@ -292,7 +314,10 @@ class Installer:
 
     def _vitals(self) -> Vitals:
         latency = latency_of(self._runtime, self._runtime.pin(), self._texts)
-        return Vitals(measure_health(self._home).process_memory_bytes, latency)
+        health = measure_health(self._home)
+        return Vitals(
+            health.process_memory_bytes, latency, health.temperature_celsius, health.load_1min
+        )
 
     def _is_older(self, record: SlotRecord) -> bool:
         active = self._slots.active()

@@ -47,5 +47,8 @@ class InstallPolicy:
 class Tell(Protocol):
     """Puts one report into the queue."""
 
-    def __call__(self, event: DeviceEvent, **fields: Any) -> None:
-        """Report an event; the fields are those of :class:`protos.messages.Report`."""
+    def __call__(self, event: DeviceEvent, **fields: Any) -> bool:
+        """Report an event; whether it is on disk already.
+
+        The fields are those of :class:`protos.messages.Report`.
+        """

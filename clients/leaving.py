@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from aggregation.durable import StorageError
 from clients.health import NoSpace
+from clients.partial import is_full
 from clients.runtime import AdapterVersion, Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
 from clients.trust import Trust
@@ -36,8 +37,8 @@ class Installing(Protocol):
 class Telling(Protocol):
     """What a reporter offers here; see :class:`clients.reporting.Reporter`."""
 
-    def tell(self, event: DeviceEvent, **fields: Any) -> None:
-        """Report an event."""
+    def tell(self, event: DeviceEvent, **fields: Any) -> bool:
+        """Report an event; whether it is on disk already."""
 
     def tell_once(self, event: DeviceEvent, **fields: Any) -> None:
         """Report it, unless that has been done."""
@@ -73,7 +74,9 @@ class Leaving:
         try:
             self._step_back()
         except (StorageError, NoSpace) as error:
-            self._reporter.tell(DeviceEvent.FAILED, detail=f"at start: {error}")
+            self._reporter.tell(
+                DeviceEvent.FAILED, reason=_reason(error), detail=f"at start: {error}"
+            )
             return False
         return True
 
@@ -84,7 +87,7 @@ class Leaving:
                 return True
         except (StorageError, NoSpace) as error:
             detail = f"a revoked release serves: {error}"
-            self._reporter.tell_once(DeviceEvent.FAILED, detail=detail)
+            self._reporter.tell_once(DeviceEvent.FAILED, reason=_reason(error), detail=detail)
             return False
         serving = self._runtime.pin()
         if self._slots.state.active is None:
@@ -124,6 +127,10 @@ class Leaving:
         floor = state.floors.get(record.channel, 0)
         fits = record.base_digest == self._runtime.base_digest
         return fits and not said and record.counter >= floor
+
+
+def _reason(error: Exception) -> RejectReason | None:
+    return RejectReason.NO_SPACE if is_full(error) else None
 
 
 def _record(read: Callable[[], SlotRecord | None]) -> SlotRecord | None:

@@ -28,11 +28,19 @@ class PayloadMismatch(ClientError):  # noqa: N818  (named by the reason that it 
 
 
 class Partial:
-    """A download that survives kills. ``offset`` says where to go on."""
+    """A download that survives kills. ``offset`` says where to go on.
+
+    Raises:
+        NoSpace: there is no room for the folder that it lies in.
+        StorageError: another reason why it cannot be made.
+    """
 
     def __init__(self, path: Path, sha256: str, length: int) -> None:
         self._path, self._sha256, self.length = path, sha256, length
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(path.parent, error) from error
         if self.offset > length:
             self.discard()
 
@@ -82,8 +90,12 @@ class Partial:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error says that the disk, the quota or the file size limit is used up."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    """Whether an error, or what caused it, says that the disk or a quota of it is used up."""
+    while error is not None:
+        if isinstance(error, NoSpace) or (isinstance(error, OSError) and error.errno in _FULL):
+            return True
+        error = error.__cause__
+    return False
 
 
 def fill(

@@ -2,7 +2,8 @@
 
 The fleet says when (a daily window, read in this device's time zone); the device says whether it
 suits: an application holds ``update.lock`` in the home folder, or a command of the device's owner
-ends with a status other than 0. A download waits for neither. An order that brings an older release
+ends with a status other than 0, or the device is in no state for it (a battery that is nearly
+empty). A download waits for none of these. An order that brings an older release
 back has no window, but the lock holds it too: nobody knows better than the device what it is doing.
 
     >>> from datetime import datetime, UTC
@@ -50,6 +51,7 @@ class Permission:
         zone: the device's own time zone; None takes the system's.
         command: asked as well, without a shell; a status other than 0 says no.
         ask_again_seconds: while it is locked.
+        unfit: why the device is in no state to load a release; empty if it is.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Permission:
         zone: tzinfo | None = None,
         command: Sequence[str] = (),
         ask_again_seconds: float = 30.0,
+        unfit: Callable[[], str] = lambda: "",
     ) -> None:
         self._lock, self._now, self._zone = home / LOCK_FILE, now, zone
         self._command, self._ask_again = tuple(command), ask_again_seconds
+        self._unfit = unfit
 
     def wait(self, window: str) -> Wait | None:
         """Why and how long to wait; None: go on now.
@@ -78,7 +82,7 @@ class Permission:
                 return Wait(seconds, f"the window {window} opens in {minutes} min")
         if self._lock.exists():
             return Wait(self._ask_again, f"{self._lock.name} is there")
-        refusal = self._refusal()
+        refusal = self._refusal() or self._unfit()
         return Wait(self._ask_again, refusal) if refusal else None
 
     def _refusal(self) -> str:

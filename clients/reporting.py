@@ -78,8 +78,12 @@ class Reporter:
         self._told: deque[tuple[Any, ...]] = deque(maxlen=_REMEMBERED)
         self._unwritten: deque[tuple[DeviceEvent, dict[str, Any]]] = deque(maxlen=_UNWRITTEN)
 
-    def tell(self, event: DeviceEvent, **fields: Any) -> None:
-        """Put one report into the queue; the fields are those of a :class:`Report`."""
+    def tell(self, event: DeviceEvent, **fields: Any) -> bool:
+        """Put one report into the queue; the fields are those of a :class:`Report`.
+
+        Returns:
+            Whether it is on disk; otherwise it waits in memory until the disk takes writes again.
+        """
         reason: RejectReason | None = fields.get("reason")
         if event is not DeviceEvent.HEALTH:
             self.status.last_event = event.value
@@ -92,6 +96,8 @@ class Reporter:
             # The very disk that failed; said when it takes writes again.
             log.error("a report cannot be kept on disk: %s", error)
             self._unwritten.append((event, fields))
+            return False
+        return True
 
     def tell_once(self, event: DeviceEvent, **fields: Any) -> None:
         """Bundles come again with every new timestamp; what was said of them is said once."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from aggregation.durable import write_bytes
+from aggregation.durable import StorageError, write_bytes
 from clients.errors import ClientError
 from protos.errors import WireError
 from protos.generated import fleet_pb2
@@ -107,7 +107,13 @@ class ReportQueue:
             decode_report(body)  # what a server would refuse must not block the queue
             signed = to_wire(SignedReport(body=body, signature=self._sign(body)))
             path = self._folder / f"{report.sequence:012d}-{event.value}{SUFFIX}"
-            write_bytes(path, signed.SerializeToString())
+            try:
+                write_bytes(path, signed.SerializeToString())
+            except StorageError:
+                # Renamed, it may be, and not synced: two reports must not share its number.
+                if not _removed(path):
+                    self._last = report.sequence
+                raise
             self._last = report.sequence
             self._drop_excess()
         self.arrived.set()
@@ -194,6 +200,14 @@ class ReportQueue:
                 f"{path} is damaged ({error!r}): enrol the device again, so that report numbers "
                 "start afresh under a new name"
             ) from None
+
+
+def _removed(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _number(path: Path) -> int:

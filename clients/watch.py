@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,9 @@ log = logging.getLogger("airpeft.clients.watch")
 class WatchPolicy:
     """What counts as worse.
 
+    Disk and battery are no part of it: they fall with time, whatever serves. They are asked about
+    before an install (:mod:`clients.health`) and judged over the whole fleet.
+
     Attributes:
         seconds: the shortest bake; a round may ask for a longer one. 0: as the round says.
         every: seconds between two looks.
@@ -36,6 +40,8 @@ class WatchPolicy:
         memory_slack_bytes: growth that is never held against a release.
         latency_factor: likewise for the median latency of a request.
         latency_slack_ms: likewise.
+        max_temperature_celsius: the hottest sensor must not pass this, if it was below it before.
+        max_load_rise: the load of one minute may grow by this much.
         strikes: looks in a row that must be out of bounds.
         starts: starts of the process within the bake that are still no crash loop.
     """
@@ -46,16 +52,27 @@ class WatchPolicy:
     memory_slack_bytes: int = 128 * 1024 * 1024
     latency_factor: float = 5.0
     latency_slack_ms: float = 50.0
+    max_temperature_celsius: float = math.inf
+    max_load_rise: float = math.inf
     strikes: int = 3
     starts: int = 5
 
 
 @dataclass(frozen=True)
 class Vitals:
-    """Memory of the process in bytes, and the median latency of a request in milliseconds."""
+    """How a device is.
+
+    Attributes:
+        memory_bytes: of the process.
+        latency_ms: median of a request's, milliseconds.
+        temperature_celsius: of the hottest sensor; None without one.
+        load_1min: of the machine.
+    """
 
     memory_bytes: int
     latency_ms: float
+    temperature_celsius: float | None = None
+    load_1min: float = 0.0
 
 
 NOTHING = Vitals(0, 0.0)
@@ -154,6 +171,9 @@ class HealthWatch:
             watched = self._watched
             if watched is None:
                 return
+            if watched.verdict:  # a revert that the disk did not take
+                self._go_back(watched)
+                return
             if self._is_over(watched):
                 log.info("the bake is over; the release stays")
                 self._drop()
@@ -180,6 +200,11 @@ class HealthWatch:
         slowest = policy.latency_factor * before.latency_ms + policy.latency_slack_ms
         if now.latency_ms > slowest:
             return f"a request takes {now.latency_ms:.1f} ms after {before.latency_ms:.1f} ms"
+        heat, limit = now.temperature_celsius, policy.max_temperature_celsius
+        if heat is not None and heat > limit >= (before.temperature_celsius or 0.0):
+            return f"the device has {heat:g} °C after {before.temperature_celsius} °C"
+        if now.load_1min > before.load_1min + policy.max_load_rise:
+            return f"the load is {now.load_1min:.2f} after {before.load_1min:.2f}"
         return ""
 
     def _is_over(self, watched: Watched) -> bool:

@@ -7,9 +7,11 @@ as ``{"error": {"code": "...", "message": "..."}}``. OpenAPI at ``/openapi.json`
 # No "from __future__ import annotations" here: FastAPI reads the annotations of functions that
 # live inside another function.
 
+import asyncio
 import base64
 import binascii
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -41,6 +43,8 @@ from federation.published import NotFoundError, PublishError, ReleaseRecord
 from federation.rollout_book import NoRolloutError
 from federation.waves import RolloutError
 
+BEHIND_HOURS = 24.0  # the life of a timestamp
+BODY_SECONDS = 30.0  # that a part of a body may take
 BODY_MAX = 96 * 1024 * 1024  # bytes; a release is posted in base64
 
 STATUS: dict[type[Exception], int] = {
@@ -61,7 +65,9 @@ Where = Annotated[str, Query(max_length=1000)]
 def make_app(desk: Desk) -> FastAPI:
     """The application over one server's objects."""
     app = FastAPI(title="AirPEFT fleet server", version="1", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(
+        BodyLimit, refused=lambda status: desk.metrics.operators.labels(str(status)).inc()
+    )
     bearer = HTTPBearer(auto_error=False)
 
     def operator(
@@ -101,24 +107,45 @@ def make_app(desk: Desk) -> FastAPI:
 
 
 class BodyLimit:
-    """Ends a request whose body is too long, whatever length it claims."""
+    """Ends a request whose body is too long, whatever length it claims, or does not come.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Args:
+        app: answers.
+        refused: told the status of every answer that is a refusal.
+        seconds: that a part of the body may take.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        refused: Callable[[int], None] = lambda status: None,
+        seconds: float = BODY_SECONDS,
+    ) -> None:
+        self._app, self._refused, self._seconds = app, refused, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the body while it is read."""
-        length = 0
+        """Count the body while it is read, and what is refused."""
+        length, more = 0, True
 
         async def counted() -> Message:
-            nonlocal length
-            message = await receive()
+            nonlocal length, more
+            try:
+                async with asyncio.timeout(self._seconds if more else None):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"no more of it came in {self._seconds:g} s") from None
+            more = bool(message.get("more_body", False))
             length += len(message.get("body", b""))
             if length > BODY_MAX:
                 raise HTTPException(413, f"the body is longer than {BODY_MAX} bytes")
             return message
 
-        await self._app(scope, counted, send)
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._refused(message["status"])
+            await send(message)
+
+        await self._app(scope, counted, told)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -144,7 +171,10 @@ def _add_open_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        devices = Counter("revoked" if d["revoked"] else "active" for d in desk.fleet.devices())
+        known = desk.fleet.devices()
+        devices = Counter("revoked" if d["revoked"] else "active" for d in known)
+        ages = [desk.dates.hours(d) or 0.0 for d in known if not d["revoked"]]
+        desk.metrics.behind.set(sum(hours > BEHIND_HOURS for hours in ages))
         rollouts = Counter(record.rollout.state.value for record in desk.ticker.records())
         desk.metrics.round.set(desk.repository.round().sequence)
         for one in desk.repository.expiries():
@@ -180,11 +210,14 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
     @app.get("/v1/devices")
     def devices(operator: look, where: Where = "") -> dict[str, Any]:
         newest = desk.repository.versions()["timestamp"]
-        return {"devices": desk.fleet.devices(_filter(where)), "timestamp_version": newest}
+        rows = desk.fleet.devices(_filter(where))
+        found = [{**row, "metadata_hours": desk.dates.hours(row)} for row in rows]
+        return {"devices": found, "timestamp_version": newest}
 
     @app.get("/v1/devices/{device_id}")
     def device(device_id: str, operator: look) -> dict[str, Any]:
-        return desk.fleet.device(device_id)
+        found = desk.fleet.device(device_id)
+        return {**found, "metadata_hours": desk.dates.hours(found)}
 
     @app.post("/v1/devices/{device_id}/revoke")
     def revoke(device_id: str, body: RevokeRequest, operator: operate) -> dict[str, Any]:

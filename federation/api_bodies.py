@@ -56,6 +56,10 @@ class PolicyRequest(Strict):
     max_unhealthy_share: float = Policy.max_unhealthy_share
     max_memory_factor: float = Policy.max_memory_factor
     max_latency_factor: float = Policy.max_latency_factor
+    min_disk_free_bytes: int = Policy.min_disk_free_bytes
+    max_battery_fall: float | None = Policy.max_battery_fall
+    max_load_rise: float | None = Policy.max_load_rise
+    max_temperature_celsius: float | None = Policy.max_temperature_celsius
     quality_tolerance: float = Policy.quality_tolerance
     quality_alpha: float = Policy.quality_alpha
     quality_clip: float = Policy.quality_clip

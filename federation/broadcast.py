@@ -3,7 +3,7 @@
 Every device keeps one Watch stream open. A change is serialised once and the same bytes go to all;
 a device that reads slowly skips what it missed and gets the newest. Downloads have an admission
 limit: beyond it the answer is RESOURCE_EXHAUSTED with ``retry-after-ms``, and a reader that stalls
-loses its place.
+loses its place. So does a writer: requests have a deadline (:mod:`federation.calls`).
 
 Whoever calls is who the certificate says, if that certificate (by serial) is enrolled and not
 revoked; this is asked again at every wake of a stream, so that a revocation cuts open streams.
@@ -13,38 +13,43 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
 
 import grpc
 from cryptography import x509
-from google.protobuf.message import DecodeError, Message
 
 from aggregation.durable import StorageError
+from federation.calls import (
+    REQUEST,
+    Code,
+    Context,
+    Refusal,
+    Refused,
+    answering,
+    request_of,
+    unstored,
+)
 from federation.chunks import ChunkCache
-from federation.enrolment import Enrolment, EnrolmentError
+from federation.enrolment_call import ENROLMENT, EnrolmentService
 from federation.fleet import Fleet, UnknownDeviceError
 from federation.metrics import Metrics
 from federation.published import NotFoundError
 from federation.reports import ReportError, ReportReason
-from protos.errors import WireError
 from protos.generated import fleet_pb2 as pb
-from protos.messages import Heartbeat, MetadataBundle, ReportAck, from_wire, to_wire
+from protos.messages import Heartbeat, MetadataBundle, ReportAck, to_wire
+
+__all__ = ["ENROLMENT", "FLEET", "EnrolmentService", "Feed", "FleetService"]
 
 FLEET = "airpeft.v1.Fleet"
-ENROLMENT = "airpeft.v1.Enrolment"
 HEARTBEAT = 60.0  # seconds
-STALL = 60.0  # seconds that one chunk may wait for its reader
+STALL = 60.0  # seconds that one message may wait for its reader
 DOWNLOADS = 256  # at once
 WAITING = 8  # times as many may wait for a place, for
 PATIENCE = 15.0  # seconds: half of the silence that a device bears with
-
-Code = grpc.StatusCode
-Context = Any  # grpc.aio.ServicerContext; its stubs ask for two type parameters nobody needs
-M = TypeVar("M", bound=Message)
 
 log = logging.getLogger("airpeft.federation.broadcast")
 
@@ -61,6 +66,7 @@ class Feed:
         self._ready: dict[int, bytes] = {}
         self.change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = False
+        self.version = 0  # of the timestamp in what was read last
 
     def current(self, root_version: int) -> bytes:
         """The serialised event; equal versions share one object."""
@@ -68,7 +74,9 @@ class Feed:
         if files is None:
             if len(self._ready) >= 64:  # a device may claim any number
                 self._ready.clear()
-            files = to_wire(self._bundle(root_version)).SerializeToString()
+            bundle = self._bundle(root_version)
+            self.version = _version_of(bundle)
+            files = to_wire(bundle).SerializeToString()
             self._ready[root_version] = files
         return files
 
@@ -104,7 +112,9 @@ class FleetService:
         heartbeat: seconds between two of them.
         downloads: Fetch calls at once; eight times as many wait for a place.
         patience: seconds that one of them waits.
-        stall: seconds that one chunk may wait for its reader.
+        stall: seconds that one message may wait for its reader.
+        request: seconds until a request must have come as a whole.
+        sent: told which version of the timestamp a device has.
     """
 
     def __init__(
@@ -119,27 +129,39 @@ class FleetService:
         downloads: int = DOWNLOADS,
         patience: float = PATIENCE,
         stall: float = STALL,
+        request: float = REQUEST,
+        sent: Callable[[str, int], None] = lambda device, version: None,
     ) -> None:
         self._fleet, self._feed, self._chunks, self._metrics = fleet, feed, chunks, metrics
         self._reported, self._heartbeat = reported, heartbeat
         self._places, self._waiting = asyncio.Semaphore(downloads), 0
         self._room, self._patience, self._stall = WAITING * downloads, patience, stall
+        self._request, self._sent = request, sent
         self._turned_away, self._turned_until = 0, 0.0
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the calls to a server. Requests come raw: what doesn't parse gets a status."""
+        watch, fetch, report = (
+            answering(name, self._metrics, handler)
+            for name, handler in (
+                ("watch", self.watch),
+                ("fetch", self.fetch),
+                ("report", self.report),
+            )
+        )
         handlers = {
-            "Watch": grpc.unary_stream_rpc_method_handler(self.watch),
-            "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch),
-            "Report": grpc.unary_unary_rpc_method_handler(self.report),
+            "Watch": grpc.stream_stream_rpc_method_handler(watch),
+            "Fetch": grpc.stream_stream_rpc_method_handler(fetch),
+            "Report": grpc.stream_unary_rpc_method_handler(report),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(FLEET, handlers),))
 
-    async def watch(self, raw: bytes, context: Context) -> None:
+    async def watch(self, context: Context) -> None:
         """Metadata now, at every change, and heartbeats in between."""
         device, serial = await self._admit(context)
-        request = await _parse(pb.WatchRequest, raw, context, self._metrics)
+        request = await request_of(context, pb.WatchRequest, self._request)
         sent = b""
+        self._sent(device, request.timestamp_version)
         with (
             self._metrics.streams.track_inprogress(),
             self._fleet.connected(device, request.timestamp_version),
@@ -148,31 +170,55 @@ class FleetService:
                 change = self._feed.change
                 newest = self._feed.current(request.root_version)
                 if newest != sent:
-                    await context.write(newest)
+                    await self._write(context, newest)
                     self._metrics.bundles.inc()
+                    self._sent(device, self._feed.version)
                     sent = newest
                 else:
-                    await context.write(_heartbeat())
+                    await self._write(context, _heartbeat())
                 await self._feed.wait(change, self._heartbeat)
                 if self._feed.closed:
                     await context.abort(Code.UNAVAILABLE, "the server is stopping: come back")
                 if not self._fleet.admits(device, serial):
-                    await self._deny(context, device)
+                    raise _denied(device)
 
-    async def fetch(self, raw: bytes, context: Context) -> None:
+    async def _write(self, context: Context, message: bytes) -> None:
+        """One message, within the time that its reader has."""
+        try:
+            async with asyncio.timeout(self._stall):
+                await context.write(message)
+        except TimeoutError:
+            raise self._unread() from None
+
+    def _unread(self) -> Refused:
+        detail = f"nothing was read for {self._stall:g} s"
+        return Refused(Refusal.SLOW_READER, Code.DEADLINE_EXCEEDED, detail)
+
+    async def fetch(self, context: Context) -> None:
         """One file from an offset to its end."""
         await self._admit(context)
-        request = await _parse(pb.FetchRequest, raw, context, self._metrics)
-        if not await self._place():
-            self._metrics.fetches.labels("turned-away").inc()
-            context.set_trailing_metadata((("retry-after-ms", str(self._return_ms())),))
-            await context.abort(Code.RESOURCE_EXHAUSTED, "too many downloads: try again shortly")
+        request = await request_of(context, pb.FetchRequest, self._request)
         result = "cut"
         try:
-            result = await self._send(request.path, request.offset, context)
+            if not await self._place():
+                raise self._busy()
+            try:
+                result = await self._send(request.path, request.offset, context)
+            finally:
+                self._places.release()
+        except Refused as refused:
+            result = refused.reason.value
+            raise
         finally:
-            self._places.release()
             self._metrics.fetches.labels(result).inc()
+
+    def _busy(self) -> Refused:
+        return Refused(
+            Refusal.BUSY,
+            Code.RESOURCE_EXHAUSTED,
+            "too many downloads: try again shortly",
+            (("retry-after-ms", str(self._return_ms())),),
+        )
 
     async def _place(self) -> bool:
         """A place among the downloads, at once or after a while; False if there is none.
@@ -204,12 +250,14 @@ class FleetService:
         try:
             file = await self._chunks.get(path)
         except NotFoundError as error:
-            await context.abort(Code.NOT_FOUND, str(error))
+            raise Refused(Refusal.NOT_FOUND, Code.NOT_FOUND, str(error)) from error
         except OSError as error:
             log.error("cannot read %s: %s", path, error)
-            await context.abort(Code.UNAVAILABLE, "the server cannot read this file: try later")
+            detail = "the server cannot read this file: try later"
+            raise Refused(Refusal.STORAGE, Code.UNAVAILABLE, detail) from error
         if offset > file.length:
-            await context.abort(Code.OUT_OF_RANGE, f"offset {offset} is beyond {file.length}")
+            detail = f"offset {offset} is beyond {file.length}"
+            raise Refused(Refusal.OUT_OF_RANGE, Code.OUT_OF_RANGE, detail)
         now = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(self._stall) as patience:
@@ -218,32 +266,30 @@ class FleetService:
                     patience.reschedule(now() + self._stall)
                     self._metrics.fetched.inc(len(message))
         except TimeoutError:
-            self._metrics.stalled.inc()
-            await context.abort(Code.DEADLINE_EXCEEDED, f"nothing was read for {self._stall:g} s")
+            raise self._unread() from None
         return "complete"
 
-    async def report(self, raw: bytes, context: Context) -> bytes:
+    async def report(self, context: Context) -> bytes:
         """Take in signed reports; the answer says what is durable."""
         device, _ = await self._admit(context)
-        batch = await _parse(pb.ReportBatch, raw, context, self._metrics)
+        batch = await request_of(context, pb.ReportBatch, self._request)
         try:
             through, new = await asyncio.to_thread(self._fleet.observe, device, batch.reports)
         except ReportError as error:
-            self._metrics.refused.labels(error.reason.value).inc()
             log.warning("report of %s refused: %s", device, error)
             self._reported()  # those before the refused one count
             malformed = error.reason is ReportReason.MALFORMED
-            await context.abort(
-                Code.INVALID_ARGUMENT if malformed else Code.PERMISSION_DENIED, str(error)
-            )
+            code = Code.INVALID_ARGUMENT if malformed else Code.PERMISSION_DENIED
+            raise Refused(error.reason, code, str(error)) from error
         except UnknownDeviceError as error:
-            await context.abort(Code.PERMISSION_DENIED, str(error))
+            raise Refused(Refusal.NOT_ADMITTED, Code.PERMISSION_DENIED, str(error)) from error
         except StorageError as error:
             log.error("reports of %s are not stored: %s", device, error)
-            await context.abort(Code.UNAVAILABLE, "the server cannot store reports: try later")
+            raise unstored("reports") from error
         for one in new:
             reason = one.reason.value if one.reason else ""
             self._metrics.reports.labels(one.event.value, reason).inc()
+        self._metrics.repeated.inc(len(batch.reports) - len(new))
         if new:
             self._reported()
         return bytes(to_wire(ReportAck(through)).SerializeToString())
@@ -253,57 +299,21 @@ class FleetService:
         shown = context.auth_context().get("x509_pem_cert", [b""])[0]
         device, serial = _who(shown)
         if not self._fleet.admits(device, serial):
-            await self._deny(context, device)
+            raise _denied(device)
         return device, serial
 
-    async def _deny(self, context: Context, device: str) -> NoReturn:
-        self._metrics.denied.inc()
-        log.warning("%s is not admitted: unknown or revoked certificate", device or "a caller")
-        await context.abort(
-            Code.PERMISSION_DENIED, "this device's certificate is unknown here or was revoked"
-        )
-        raise AssertionError("abort raises")
 
-
-class EnrolmentService:
-    """The one call of a device that has a token and no certificate yet."""
-
-    def __init__(
-        self, enrolment: Enrolment, metrics: Metrics, enrolled: Callable[[str], None]
-    ) -> None:
-        self._enrolment, self._metrics, self._enrolled = enrolment, metrics, enrolled
-
-    def register(self, server: grpc.aio.Server) -> None:
-        """Add the call to a server."""
-        handlers = {"Enrol": grpc.unary_unary_rpc_method_handler(self.enrol)}
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(ENROLMENT, handlers),)
-        )
-
-    async def enrol(self, raw: bytes, context: Context) -> bytes:
-        """Exchange a token and a certificate request for a certificate."""
-        request = await _parse(pb.EnrolRequest, raw, context, self._metrics)
-        try:
-            reply = await asyncio.to_thread(self._enrolment.enrol, request)
-        except EnrolmentError as error:
-            self._metrics.enrolments.labels(error.reason.value).inc()
-            log.warning("enrolment refused from %s: %s", context.peer(), error)
-            await context.abort(Code.PERMISSION_DENIED, str(error))
-        except StorageError as error:
-            log.error("enrolment not stored: %s", error)
-            await context.abort(Code.UNAVAILABLE, "the server cannot store this: try later")
-        self._metrics.enrolments.labels("enrolled").inc()
-        log.info("enrolled %s", reply.device_id)
-        self._enrolled(reply.device_id)
-        return bytes(to_wire(reply).SerializeToString())
-
-
-async def _parse(kind: type[M], raw: bytes, context: Context, metrics: Metrics) -> Any:
+def _version_of(bundle: MetadataBundle) -> int:
     try:
-        return from_wire(kind.FromString(raw))
-    except (DecodeError, WireError) as error:
-        metrics.malformed.inc()
-        await context.abort(Code.INVALID_ARGUMENT, f"{kind.DESCRIPTOR.name}: {error}")
+        return int(json.loads(bundle.files["timestamp.json"])["signed"]["version"])
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def _denied(device: str) -> Refused:
+    log.warning("%s is not admitted: unknown or revoked certificate", device or "a caller")
+    detail = "this device's certificate is unknown here or was revoked"
+    return Refused(Refusal.NOT_ADMITTED, Code.PERMISSION_DENIED, detail)
 
 
 @functools.lru_cache(maxsize=8192)

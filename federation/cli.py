@@ -10,10 +10,11 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from federation.devices_shown import print_devices
 from federation.errors import FederationError
 from federation.rollout_cli import rollout
 from federation.shown import (
@@ -24,7 +25,6 @@ from federation.shown import (
     TokenFile,
     Url,
     Why,
-    ago,
     at,
     call_operator,
     plain_errors,
@@ -125,7 +125,7 @@ def fleet_list(
     with plain_errors(), call_operator(home, url, token_file) as operator:
         devices = operator.devices(where)
     empty = "no device is meant by this filter" if where else ""
-    show("devices", devices, format, lambda: _print_devices(devices, empty))
+    show("devices", devices, format, lambda: print_devices(devices, empty))
 
 
 @fleet.command("tag")
@@ -146,7 +146,7 @@ def fleet_tag(
     with plain_errors(), call_operator(home, url, token_file) as operator:
         changes: dict[str, str | None] = {**_tags(tag), **dict.fromkeys(remove or [])}
         one = operator.tag(device, changes, why)
-    show("device", one, format, lambda: _print_devices([one]))
+    show("device", one, format, lambda: print_devices([one]))
 
 
 @fleet.command("show")
@@ -165,7 +165,7 @@ def fleet_show(
         one = operator.device(device)
 
     def table() -> None:
-        _print_devices([one])
+        print_devices([one])
         rows = [
             (
                 r["sequence"],
@@ -304,37 +304,31 @@ def fleet_lagging(
     url: Url = None,
     token_file: TokenFile = None,
     hours: Annotated[float, typer.Option(help="Silent for longer than this.")] = 24.0,
+    metadata_hours: Annotated[
+        float | None,
+        typer.Option(help="Without newer metadata for longer than this; by default as --hours."),
+    ] = None,
     where: WhereOption = "",
     format: AsFormat = Format.TABLE,  # noqa: A002
 ) -> None:
-    """Devices that were silent for long: off, cut off, or held back by someone in between.
+    """Devices that were silent for long, or have old metadata: off, cut off, or held back.
 
-    Example: airpeft fleet lagging --hours 48
+    Example: airpeft fleet lagging --hours 48 --metadata-hours 12
     """
     with plain_errors(), call_operator(home, url, token_file) as operator:
         devices = operator.devices(where)
     oldest = time.time() - hours * 3600
-    away = [d for d in devices if not d["revoked"] and not d["connected"]]
-    late = [d for d in away if (d["last_seen"] or 0) < oldest]
-    show("devices", late, format, lambda: _print_devices(late, f"none for {hours:g} h"))
-
-
-def _print_devices(devices: list[dict[str, Any]], empty: str = "") -> None:
-    now = time.time()
-    rows = [
-        (
-            d["id"],
-            "revoked" if d["revoked"] else "active",
-            d["running"] or "(base)",
-            "connected" if d["connected"] else ago(d["last_seen"], now),
-            d["inventory"].get("runtime", ""),
-            " ".join(f"{key}={value}" for key, value in sorted(d["tags"].items())),
-        )
+    allowed = hours if metadata_hours is None else metadata_hours
+    late = [
+        d
         for d in devices
+        if not d["revoked"]
+        and (
+            (not d["connected"] and (d["last_seen"] or 0) < oldest)
+            or (d["metadata_hours"] or 0.0) > max(0.0, allowed)
+        )
     ]
-    columns = ("DEVICE", "STATE", "RUNNING", "SEEN", "RUNTIME", "TAGS")
-    advice = "no device yet; make an enrolment file with: airpeft fleet token --out enrol.json"
-    print_table(columns, rows, empty or advice)
+    show("devices", late, format, lambda: print_devices(late, f"none for {hours:g} h"))
 
 
 def _tags(given: list[str] | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from federation.enrolment import Enrolment
 from federation.fleet import Fleet
 from federation.keys import Signer
+from federation.metadata_age import Dates
 from federation.metrics import Metrics
 from federation.repository import Repository
 from federation.store import Store
@@ -30,6 +31,7 @@ class Desk:
     ticker: Ticker
     repository: Repository
     metrics: Metrics
+    dates: Dates
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
     online_key: Callable[[str], Signer]

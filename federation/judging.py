@@ -8,11 +8,13 @@ release, its harmlessness is not shown yet, or nobody serves it at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from federation.evidence import Evidence, fall_shown, no_fall_shown
 from federation.orders import Observation
 from federation.policy import Policy
+from protos.messages import Health
 
 MEMORY_SLACK_BYTES = 64 * 1024 * 1024  # growth that is never held against a release
 LATENCY_SLACK_MS = 20.0
@@ -83,10 +85,30 @@ def worse_off(policy: Policy, one: Observation) -> str:
         if quality.latency_ms_after > bound:
             return "latency"
     if one.committed and before is not None and after is not None:
-        bound = policy.max_memory_factor * before.process_memory_bytes + MEMORY_SLACK_BYTES
-        if after.process_memory_bytes > bound:
-            return "memory"
+        return _sicker(policy, before, after)
     return ""
+
+
+def _sicker(policy: Policy, before: Health, after: Health) -> str:
+    """What of a device's health has passed a bound that it kept before."""
+    bound = policy.max_memory_factor * before.process_memory_bytes + MEMORY_SLACK_BYTES
+    if after.process_memory_bytes > bound:
+        return "memory"
+    if after.disk_free_bytes < policy.min_disk_free_bytes <= before.disk_free_bytes:
+        return "disk"
+    charge, left = before.battery_percent, after.battery_percent
+    if charge is not None and left is not None and charge - left > _bound(policy.max_battery_fall):
+        return "battery"
+    if after.load_1min > before.load_1min + _bound(policy.max_load_rise):
+        return "load"
+    heat, limit = after.temperature_celsius, _bound(policy.max_temperature_celsius)
+    if heat is not None and heat > limit >= (before.temperature_celsius or 0.0):
+        return "temperature"
+    return ""
+
+
+def _bound(asked: float | None) -> float:
+    return math.inf if asked is None else asked
 
 
 def still_out(policy: Policy, reached: Sequence[Observation]) -> list[Observation]:

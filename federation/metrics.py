@@ -24,15 +24,22 @@ class Metrics:
         self.devices = Gauge(
             "airpeft_devices", "Enrolled devices by state.", ["state"], registry=self.registry
         )
+        self.behind = Gauge(
+            "airpeft_devices_behind",
+            "Devices that have lacked newer metadata for a day.",
+            registry=self.registry,
+        )
         self.rollouts = Gauge(
             "airpeft_rollouts", "Rollouts by state.", ["state"], registry=self.registry
         )
         self.bundles = counter("airpeft_bundles_pushed_total", "Metadata bundles pushed.")
         self.fetches = counter("airpeft_fetches_total", "Downloads by how they ended.", "result")
         self.fetched = counter("airpeft_fetch_bytes_total", "Payload and metadata bytes sent.")
-        self.stalled = counter("airpeft_stalled_readers_total", "Downloads that nobody read.")
-        self.malformed = counter(
-            "airpeft_malformed_requests_total", "Requests that do not parse, or out of bounds."
+        self.refused = counter(
+            "airpeft_requests_refused_total",
+            "Calls of devices that were refused, by call and reason.",
+            "call",
+            "reason",
         )
         self.altered = counter(
             "airpeft_altered_payloads_total", "Payload files that are not what their name says."
@@ -40,10 +47,14 @@ class Metrics:
         self.reports = counter(
             "airpeft_reports_total", "Device reports taken in.", "event", "reason"
         )
-        self.refused = counter("airpeft_reports_refused_total", "Device reports refused.", "reason")
+        self.repeated = counter(
+            "airpeft_reports_repeated_total", "Device reports that had come before: without effect."
+        )
         self.enrolments = counter("airpeft_enrolments_total", "Enrolments by result.", "result")
-        self.denied = counter(
-            "airpeft_calls_denied_total", "Calls with a certificate that is not admitted."
+        self.operators = counter(
+            "airpeft_operator_requests_refused_total",
+            "Requests of operators that were refused, by HTTP status.",
+            "status",
         )
         self.round = Gauge(
             "airpeft_round_sequence", "Sequence of the round in force.", registry=self.registry

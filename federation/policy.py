@@ -52,10 +52,17 @@ class Policy:
         max_failures: devices whose install may fail before the rollout halts.
         max_failure_share: the same as a share of the devices reached; the larger one holds. To be
             safe from lying devices it must be at least ``liar_share``.
-        max_unhealthy: devices that may be worse off (memory, latency) before it halts.
+        max_unhealthy: devices that may be worse off before it halts: in memory or latency, and in
+            disk, battery, load or temperature where the policy asks for them.
         max_unhealthy_share: the same as a share of the devices reached; the larger one holds.
         max_memory_factor: a device whose process has grown by more than this is unhealthy.
         max_latency_factor: likewise for the median latency of a request.
+        min_disk_free_bytes: a device that had so much free disk, and has less with the release, is
+            unhealthy; 0 asks for nothing.
+        max_battery_fall: likewise one whose battery has lost more percent of its charge than this;
+            None does not ask, for it falls with time as well: choose it for the bake time.
+        max_load_rise: likewise one whose load of one minute has grown by more.
+        max_temperature_celsius: likewise one whose hottest sensor has passed this.
         quality_tolerance: how far the mean accuracy on the devices' own data may fall; the
             rollout halts when a larger fall is shown, see :mod:`federation.evidence`.
         quality_alpha: chance of halting a release that is within the tolerance, ever.
@@ -81,6 +88,10 @@ class Policy:
     max_unhealthy_share: float = 0.05
     max_memory_factor: float = 3.0
     max_latency_factor: float = 10.0
+    min_disk_free_bytes: int = 0
+    max_battery_fall: float | None = None
+    max_load_rise: float | None = None
+    max_temperature_celsius: float | None = None
     quality_tolerance: float = 0.02
     quality_alpha: float = 0.05
     quality_clip: float = 0.1
@@ -96,6 +107,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         margin, clip = self.quality_margin, self.quality_clip
+        rises = {
+            name: getattr(self, name)
+            for name in ("max_battery_fall", "max_load_rise", "max_temperature_celsius")
+        }
         checks = {
             "max_failures (0 or more)": self.max_failures >= 0,
             "max_failure_share (0 to 1)": 0 <= self.max_failure_share <= 1,
@@ -103,6 +118,11 @@ class Policy:
             "max_unhealthy_share (0 to 1)": 0 <= self.max_unhealthy_share <= 1,
             "max_memory_factor (above 1)": 1 < self.max_memory_factor < math.inf,
             "max_latency_factor (above 1)": 1 < self.max_latency_factor < math.inf,
+            "min_disk_free_bytes (0 or more)": self.min_disk_free_bytes >= 0,
+            **{
+                f"{name} (above 0)": given is None or 0 < given < math.inf
+                for name, given in rises.items()
+            },
             "quality_tolerance (0 to 1)": 0 <= self.quality_tolerance <= 1,
             "quality_alpha (above 0, below 1)": 0 < self.quality_alpha < 1,
             "quality_clip (above 0, up to 1)": 0 < clip <= 1,

@@ -26,7 +26,7 @@ from pathlib import Path
 from aggregation import durable
 from federation import roles
 from federation.admission import check_adapters, check_standing
-from federation.commit import ABSURD, finish, half_over, next_files, write
+from federation.commit import ABSURD, CHANGE, finish, half_over, next_files, write
 from federation.founding import first_files, round_file
 from federation.key_admission import check_keys, next_round
 from federation.keys import THRESHOLD, Signer
@@ -125,6 +125,7 @@ class Repository(Reading):
             StorageError: the disk refused; nothing has changed.
         """
         with self._lock:
+            self._settle()
             state = self._state
             incoming = check_adapters(state, metadata, payload, now)
             if incoming.repeated:
@@ -153,6 +154,7 @@ class Repository(Reading):
             StorageError: the disk refused; nothing has changed.
         """
         with self._lock:
+            self._settle()
             incoming = check_standing(self._state, metadata, now)
             if not incoming.repeated:
                 known = self._state.with_verified(incoming.role, metadata, incoming.parsed)
@@ -181,10 +183,11 @@ class Repository(Reading):
         Raises:
             PublishError: see :func:`federation.key_admission.check_keys`.
             KeyFileError: the new online key is not here.
-            StorageError: the disk refused; nothing has changed, or the change is finished when the
-                repository is opened again.
+            StorageError: the disk refused; nothing has changed, or the change is finished before
+                the next one, or when the repository is opened again.
         """
         with self._lock:
+            self._settle()
             state = self._state
             incoming = check_keys(state, files, now)
             if incoming.repeated:
@@ -216,6 +219,7 @@ class Repository(Reading):
             StorageError: the disk refused; nothing has changed.
         """
         with self._lock:
+            self._settle()
             state = self._state
             if document == state.round:
                 return document
@@ -240,12 +244,19 @@ class Repository(Reading):
             StorageError: the disk refused; the old timestamp is still there.
         """
         with self._lock:
+            self._settle()
             state, changed = self._state, {}
             if half_over(state, ROUNDS_ROLE, now):
                 version = state.signed[ROUNDS_ROLE].version + 1
                 again = roles.rounds(state.round, version, now, self._key())
                 changed[ROUNDS_ROLE] = roles.to_bytes(again)
             self._commit(now, changed, {})
+
+    def _settle(self) -> None:
+        """Carry out first what a full disk has left half done."""
+        if (self.folder / CHANGE).exists():
+            finish(self.folder)
+            self._state = load(self.folder, self._state)
 
     def _commit(
         self,

@@ -68,8 +68,20 @@ def _plan_or_start(start: bool) -> None:
             float, typer.Option(help="The same as a share of those reached; the larger holds.")
         ] = Policy.max_failure_share,
         max_unhealthy: Annotated[
-            int, typer.Option(help="Devices that may be worse off in memory or latency.")
+            int, typer.Option(help="Devices that may be worse off, in memory for instance.")
         ] = Policy.max_unhealthy,
+        min_disk_free: Annotated[
+            int, typer.Option(help="MiB; a device that falls below it is worse off.")
+        ] = 0,
+        max_battery_fall: Annotated[
+            float | None, typer.Option(help="Percent; a device that loses more is worse off.")
+        ] = None,
+        max_load_rise: Annotated[
+            float | None, typer.Option(help="Load of one minute; likewise.")
+        ] = None,
+        max_temperature: Annotated[
+            float | None, typer.Option(help="Celsius; a device that gets hotter is worse off.")
+        ] = None,
         quality_tolerance: Annotated[
             float, typer.Option(help="Mean accuracy on devices may fall by this.")
         ] = Policy.quality_tolerance,
@@ -116,6 +128,10 @@ def _plan_or_start(start: bool) -> None:
                 "max_failures": max_failures,
                 "max_failure_share": max_failure_share,
                 "max_unhealthy": max_unhealthy,
+                "min_disk_free_bytes": min_disk_free << 20,
+                "max_battery_fall": max_battery_fall,
+                "max_load_rise": max_load_rise,
+                "max_temperature_celsius": max_temperature,
                 "quality_tolerance": quality_tolerance,
                 "quality_alpha": quality_alpha,
                 "liar_share": liar_share,

@@ -28,10 +28,12 @@ from federation.api import make_app
 from federation.authority import Authority, open_authority, server_tls
 from federation.broadcast import ENROLMENT, FLEET, EnrolmentService, Feed, FleetService
 from federation.chunks import ChunkCache
+from federation.clock_jumps import ClockJumps, pause_after
 from federation.desk import Desk
 from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, ServerError, last_ports, open_repository, take_home
 from federation.fleet import Fleet
+from federation.metadata_age import Dates
 from federation.metrics import Metrics
 from federation.online_keys import online_signer
 from federation.operators import ensure_admin, renew_admin
@@ -144,6 +146,13 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
     life = timedelta(days=config.certificate_days)
     enrolment = Enrolment(parts.store, parts.authority, parts.repository.root, life=life)
     ticker = Ticker(parts.store, parts.fleet, parts.repository, wake)
+    dates, jumps = Dates(parts.store), ClockJumps(parts.store.clock)
+
+    def turn() -> None:
+        pause_after(jumps.newest(), ticker)
+        ticker.tick()
+        dates.note(parts.repository.versions()["timestamp"])
+
     chunks = ChunkCache(parts.repository.locate, parts.metrics.altered.inc)
     service = FleetService(
         parts.fleet,
@@ -152,6 +161,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         parts.metrics,
         poke.set,
         heartbeat=config.heartbeat_seconds,
+        sent=dates.sent,
     )
     enrol = EnrolmentService(enrolment, parts.metrics, parts.fleet.refresh)
     folder, now = config.home / "authority", datetime.now(UTC)
@@ -184,12 +194,13 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         ticker=ticker,
         repository=parts.repository,
         metrics=parts.metrics,
+        dates=dates,
         endpoints=lambda: endpoints,
         wake=wake,
         online_key=lambda keyid: online_signer(config.home, keyid, config.passphrases.online),
     )
     api_port = await _serve_api(config, desk, last.get("api", 0), stack)
-    ticking = asyncio.create_task(_tick(ticker, poke, config.tick_seconds))
+    ticking = asyncio.create_task(_tick(turn, poke, config.tick_seconds))
     stack.push_async_callback(_cancel, ticking)
     ports = {"fleet": fleet_server.port, "enrol": enrol_server.port, "api": api_port}
     durable.write_bytes(config.home / "ports.json", json.dumps(ports).encode())
@@ -254,11 +265,11 @@ async def _at_last_port(at: Callable[[int], Awaitable[Any]], wanted: int, last: 
     return await at(wanted)
 
 
-async def _tick(ticker: Ticker, poke: asyncio.Event, seconds: float) -> None:
+async def _tick(turn: Callable[[], None], poke: asyncio.Event, seconds: float) -> None:
     while True:
         poke.clear()
         try:
-            await asyncio.to_thread(ticker.tick)
+            await asyncio.to_thread(turn)
         except Exception:
             # A full disk or a locked database passes; the ticker must still be there then.
             log.exception("a tick failed; the next one tries again")

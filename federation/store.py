@@ -123,6 +123,12 @@ rounds = sa.Table(  # decided first, published after: a kill in between is made 
     sa.Column("decided", sa.Float, nullable=False),
     sa.Column("published", sa.Float),
 )
+timestamps = sa.Table(  # of the metadata: how long a device has lacked what is newer
+    "timestamps",
+    METADATA,
+    sa.Column("version", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("since", sa.Float, nullable=False),
+)
 audit = sa.Table(
     "audit",
     METADATA,

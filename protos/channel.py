@@ -9,6 +9,9 @@ Why each option is there (measured):
   with GOAWAY "too_many_pings".
 * ``lookahead_bytes`` without ``bdp_probe``, at clients: what is in flight when a link breaks is
   lost, and left alone the window grows to megabytes; 128 KiB still fill 10 Mbit/s at 100 ms.
+* ``max_connection_idle`` and ``handshake_timeout``: a device that is there keeps a stream open, so
+  whoever holds a connection without a call, half a request's headers or half a handshake included,
+  loses it. ``max_concurrent_streams``: of one connection; a device has a handful.
 * ``so_reuseport`` off: on (the default) a forgotten old server silently takes half of the
   devices; off, the second one fails to start.
 
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 SERVER_NAME = "fleet.airpeft.internal"
 LOOKAHEAD = 128 * 1024  # bytes
 MESSAGE_MAX = 16 * 1024 * 1024  # bytes
+REQUEST_MAX = 1024 * 1024  # bytes
+IDLE = 120.0  # seconds of a connection without a call
+HANDSHAKE = 20.0  # seconds
 
 Option = tuple[str, int | str]
 
@@ -55,7 +61,10 @@ def server_options() -> list[Option]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_receive_message_length", 1024 * 1024),
+        ("grpc.max_connection_idle_ms", int(1000 * IDLE)),
+        ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE)),
+        ("grpc.max_concurrent_streams", 128),
+        ("grpc.max_receive_message_length", REQUEST_MAX),
         ("grpc.max_send_message_length", MESSAGE_MAX),
     ]
 

@@ -305,7 +305,8 @@ def test_expired_or_revoked_is_refused_on_the_wire_and_renewal_brings_back(
             with server.operator() as operator:
                 operator.revoke("kitchen", "stolen")
                 until(lambda: watcher.ended, what="the cut stream")
-                assert "airpeft_calls_denied_total" in operator.metrics()
+                told = 'airpeft_requests_refused_total{call="watch",reason="not-admitted"}'
+                assert told in operator.metrics()
         assert not keeper.renew()
         with pytest.raises(grpc.RpcError, match="revoked-device"):
             enrol(device.enrolment, "", request_for(device.key))

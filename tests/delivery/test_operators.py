@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -12,16 +13,18 @@ import pytest
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from fastapi import HTTPException
 from typer.testing import CliRunner
 
 import airpeft
 from federation import operators_cli
 from federation import store as tables
-from federation.api import make_app
+from federation.api import BodyLimit, make_app
 from federation.audit import GENESIS
 from federation.comparison import compare
 from federation.desk import Desk
 from federation.facts import TagError, changed_tags
+from federation.metadata_age import Dates
 from federation.metrics import Metrics
 from federation.migrations.versions import r0001_fleet, r0002_rollouts
 from federation.online_keys import online_signer
@@ -60,6 +63,7 @@ class Interface:
             ticker=house.ticker,
             repository=house.repository,
             metrics=Metrics(),
+            dates=Dates(house.store),
             endpoints=lambda: {},
             wake=lambda: None,
             online_key=lambda keyid: online_signer(house.home, keyid, None),
@@ -119,6 +123,29 @@ def test_a_role_may_do_what_it_says_and_nothing_else(interface: Interface, role:
         assert (status != 403) == (right in RIGHTS[role]), f"{role} {method} {path}: {status}"
     told = interface.ok(Role.VIEWER, "GET", "/openapi.json")["paths"]
     assert {"/v1/rollouts/plan", "/v1/devices/{device_id}/tags", "/v1/audit/verify"} <= set(told)
+
+
+def test_a_body_that_does_not_come_ends_the_request_and_refusals_are_counted(house: House) -> None:
+    interface = Interface(house)
+    assert interface.call(Role.VIEWER, "POST", "/v1/enrolment-tokens", {}).status_code == 403
+    assert interface.call(Role.ADMIN, "POST", "/v1/enrolment-tokens", {"x": 1}).status_code == 422
+    said = interface.http.get("/metrics").text
+    for status in (403, 422):
+        assert f'airpeft_operator_requests_refused_total{{status="{status}"}} 1.0' in said
+
+    async def never() -> dict[str, Any]:
+        await asyncio.sleep(3600)
+        return {}
+
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    async def nobody(message: Any) -> None:
+        pytest.fail("nothing is sent")
+
+    limit = BodyLimit(reads, seconds=0.01)
+    with pytest.raises(HTTPException, match="no more of it came"):
+        asyncio.run(limit({"type": "http"}, never, nobody))
 
 
 def test_a_token_is_shown_once_and_dies_when_it_is_revoked(house: House) -> None:

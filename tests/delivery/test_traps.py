@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,16 @@ class Open(Fleet):
 
 
 @asynccontextmanager
-async def station(folder: Path, **limits: Any) -> AsyncIterator[tuple[int, Feed, Metrics]]:
+async def station(
+    folder: Path, options: Sequence[tuple[str, int]] = (), **limits: Any
+) -> AsyncIterator[tuple[int, Feed, Metrics]]:
     store, metrics = Store.open(folder / "fleet.sqlite"), Metrics()
     feed = Feed(lambda after: MetadataBundle({"timestamp.json": b"x" * 2000}))
-    (folder / "big").write_bytes(os.urandom(SIZE))
+    (folder / "big").touch()
+    os.truncate(folder / "big", SIZE)  # of zeros, which cost nothing to make
     chunks = ChunkCache(lambda path: folder / path, lambda: None)
     service = Service(Open(store), feed, chunks, metrics, lambda: None, **limits)
-    server = grpc.aio.server(options=server_options())
+    server = grpc.aio.server(options=[*options, *server_options()])  # the first of a name holds
     service.register(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -66,6 +69,10 @@ async def station(folder: Path, **limits: Any) -> AsyncIterator[tuple[int, Feed,
         feed.close()
         await server.stop(0)
         store.close()
+
+
+def stalled(metrics: Metrics) -> float:
+    return float(metrics.refused.labels("fetch", "slow-reader")._value.get())
 
 
 async def frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, int, int, bytes]]:
@@ -136,15 +143,89 @@ def test_a_reader_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
             big = pb.FetchRequest(path="big").SerializeToString()
             _, idle = await dial(port, window=1000)
             idle.write(call(1, "Fetch", big, False))
-            while metrics.fetched._value.get() == 0 and metrics.stalled._value.get() == 0:
+            while metrics.fetched._value.get() == 0 and stalled(metrics) == 0:
                 await asyncio.sleep(0.01)
             crowd = Crowd()
             await crowd.connect(port, 2, "", 0)
             async with asyncio.timeout(60):
                 found = await crowd.fetch("big", SIZE, 50)
             assert found["failed"] == 0
-            assert metrics.stalled._value.get() == 1
+            assert stalled(metrics) == 1
             idle.close()
+
+    asyncio.run(scenario())
+
+
+def refused(metrics: Metrics, call: str, reason: str) -> float:
+    return float(metrics.refused.labels(call, reason)._value.get())
+
+
+@pytest.mark.parametrize("method", ["Watch", "Fetch", "Report"])
+@pytest.mark.parametrize("sends", ["nothing", "a drip", "half a message and no more"])
+def test_a_writer_that_does_not_write_loses_its_place(
+    tmp_path: Path, method: str, sends: str
+) -> None:
+    """gRPC itself waits for ever for the first request of a call, and calls no handler."""
+
+    async def scenario() -> None:
+        limits = {"request": 0.15, "heartbeat": 600.0}
+        async with station(tmp_path, **limits) as (port, _, metrics):
+            reader, writer = await dial(port)
+            whole = call(1, method, b"x" * 1000, False)
+            head = 9 + int.from_bytes(whole[:3], "big")
+            writer.write(whole[:head])
+            if sends == "half a message and no more":
+                writer.write(frame(DATA, 0, 1, whole[head + 9 : head + 300]))
+
+            async def drip() -> None:
+                writer.write(frame(DATA, 0, 1, struct.pack(">BI", 0, 1000)))
+                while True:
+                    writer.write(frame(DATA, 0, 1, b"x"))
+                    await asyncio.sleep(0.01)
+
+            dripping = asyncio.create_task(drip()) if sends == "a drip" else None
+            async with asyncio.timeout(20):
+                async for kind, flags, stream, _ in frames(reader):
+                    if kind == HEADERS and stream == 1 and flags & 1:
+                        break
+            assert refused(metrics, method.lower(), "slow-writer") == 1
+            assert metrics.streams._value.get() == 0
+            if dripping is not None:
+                dripping.cancel()
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("begins", [0, 20, 60], ids=["nothing", "a preface", "half the headers"])
+def test_a_connection_without_a_call_is_closed(tmp_path: Path, begins: int) -> None:
+    async def scenario() -> None:
+        options = [("grpc.max_connection_idle_ms", 200), ("grpc.server_handshake_timeout_ms", 200)]
+        async with station(tmp_path, options=options) as (port, _, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            hello = PREFACE + frame(SETTINGS, 0, 0)
+            hello += call(1, "Report", b"", False)[: begins if begins > 20 else 0]
+            writer.write(hello if begins else b"")
+            async with asyncio.timeout(20):
+                while await reader.read(65_536):
+                    pass
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_is_not_read_is_ended(tmp_path: Path) -> None:
+    """A Watch stream whose window is full must not hide a revocation for ever."""
+
+    async def scenario() -> None:
+        async with station(tmp_path, stall=0.2, heartbeat=600.0) as (port, _, metrics):
+            _, writer = await dial(port, window=100)
+            writer.write(call(1, "Watch", b"", False))
+            async with asyncio.timeout(20):
+                while refused(metrics, "watch", "slow-reader") == 0:
+                    await asyncio.sleep(0.01)
+            assert metrics.streams._value.get() == 0
+            writer.close()
 
     asyncio.run(scenario())
 
@@ -155,6 +236,9 @@ class Writing:
     def __init__(self, change: Callable[[], None]) -> None:
         self.written: list[bytes] = []
         self._change = change
+
+    async def read(self) -> bytes:
+        return b""
 
     async def write(self, message: bytes) -> None:
         self.written.append(message)
@@ -175,7 +259,7 @@ def test_no_change_is_missed_by_a_stream_that_is_being_written(tmp_path: Path) -
             feed.wake()
 
         stream = Writing(change)
-        watching = asyncio.create_task(service.watch(b"", stream))
+        watching = asyncio.create_task(service.watch(stream))
         async with asyncio.timeout(10):
             while len(stream.written) < 2:
                 await asyncio.sleep(0.01)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -232,3 +233,53 @@ def test_a_device_dies_with_its_parent_if_asked(home, tmp_path):
             return True
 
     until(gone, what="the child to end")
+
+
+@pytest.mark.slow
+def test_a_running_process_keeps_to_windows_and_locks(gateway, home, base, tmp_path):
+    """In its own time zone, with a lock of a file and one of a command; it serves throughout."""
+    bundle, busy = gateway.bundle(tmp_path / "enrol.json", "d-1"), tmp_path / "busy"
+    done = CliRunner().invoke(
+        app, ["enrol", str(bundle), "--home", str(home), "--base", str(base.path)]
+    )
+    assert done.exit_code == 0, done.output
+    (home / "device.toml").write_text(
+        f'base = "{base.path}"\nlock_seconds = 0.1\ntime_zone = "Etc/GMT-7"\n'
+        f'update_lock = ["test", "!", "-e", "{busy}"]\n'
+    )
+    (home / "update.lock").touch()
+    busy.touch()
+    now = datetime.now(UTC)
+
+    def around(hours: int) -> str:
+        """A window of two hours around this moment, on a clock so many hours ahead of UTC."""
+        begin, end = (now + timedelta(hours=hours + change) for change in (-1, 1))
+        return f"{begin:%H:%M}-{end:%H:%M}"
+
+    adapter = make_adapter(base, 1)
+    gateway.order(gateway.release(adapter, 1), rollout="r1", window=around(0))
+    process = Process(home)
+    url = process.ready()
+
+    def serves() -> str:
+        answer = httpx.post(f"{url}/v1/classify", json={"texts": list(TEXTS)})
+        return answer.raise_for_status().json()["adapter"]
+
+    def waits_for(word: str) -> None:
+        def look() -> bool:
+            return word in httpx.get(f"{url}/v1/status").json()["waiting"]
+
+        until(look, 60.0, what=f"to wait for {word}")
+        assert serves() == ""
+
+    gateway.heard(DeviceEvent.STAGED, "stable-1")
+    waits_for(f"the window {around(0)} opens in")
+    gateway.order(gateway.repository.release("stable-1"), rollout="r2", window=around(7))
+    waits_for("update.lock is there")
+    (home / "update.lock").unlink()
+    waits_for("test says 1")
+    busy.unlink()
+    gateway.heard(DeviceEvent.COMMITTED, "stable-1", rollout="r2")
+    assert serves() == adapter.digest
+    assert len([path for path, _ in gateway.fetches if "targets" in path]) == 1, "fetched once"
+    assert process.end() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregation.durable import StorageError
 from clients.device_settings import DeviceError, DeviceSettings
+from clients.health import unfit
 from clients.permission import Permission
 from clients.watch import HealthWatch, Vitals, WatchPolicy
 from protos.errors import WireError
 from protos.members import MAX_MEMBERS, check_members, is_member, pack_members
+from protos.messages import Health
 from protos.signed import Assignment, RoundDocument, StatementError
 from protos.window import DAY, Window
 
@@ -110,6 +114,59 @@ def test_one_bad_look_is_no_verdict_and_two_in_a_row_are(tmp_path: Path) -> None
     assert bed.reverted == [("aa", "a request takes 900.0 ms after 10.0 ms")]
     assert bed.watch.watched is None
     assert not (tmp_path / "watch.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        (Vitals(10**9, 10.0, 60.0), Vitals(10**9, 10.0, 90.0), "90 °C after 60.0 °C"),
+        (Vitals(10**9, 10.0, None), Vitals(10**9, 10.0, 90.0), "90 °C after None"),
+        (Vitals(10**9, 10.0, 86.0), Vitals(10**9, 10.0, 90.0), ""),
+        (Vitals(10**9, 10.0, 60.0), Vitals(10**9, 10.0, None), ""),
+        (Vitals(10**9, 10.0, None, 1.0), Vitals(10**9, 10.0, None, 4.1), "load is 4.10 after 1.00"),
+        (Vitals(10**9, 10.0, None, 2.0), Vitals(10**9, 10.0, None, 4.1), ""),
+    ],
+)
+def test_heat_and_load_where_they_are_asked_for(
+    tmp_path: Path, before: Vitals, after: Vitals, word: str
+) -> None:
+    settings = {"max_temperature_celsius": 85.0, "max_load_rise": 3.0}
+    bed = Bed(tmp_path)
+    bed.watch._policy = replace(DeviceSettings.read(tmp_path, settings).watch, strikes=2)
+    bed.watch.begin("aa", before, 600.0)
+    bed.vitals = after
+    bed.watch.look()
+    bed.watch.look()
+    assert (word in bed.reverted[0][1]) if word else not bed.reverted
+    bed.watch._policy = DeviceSettings.read(tmp_path, {}).watch
+    assert bed.watch._complaint(before, after) == "", "not asked for"
+
+
+def test_a_battery_that_is_nearly_empty_holds_an_install(tmp_path: Path) -> None:
+    health = Health(
+        memory_available_bytes=1, process_memory_bytes=1, disk_free_bytes=1, load_1min=0.0
+    )
+    for percent, held in ((19, True), (20, False), (None, False)):
+        now = replace(health, battery_percent=percent)
+        one = permission(tmp_path, unfit=lambda now=now: unfit(now, min_battery_percent=20))
+        assert (one.wait("") is not None) == held
+
+
+def test_a_revert_that_the_disk_did_not_take_is_made_good_at_the_next_look(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    bed.watch.begin("aa", BEFORE, 600.0)
+
+    def full(sha256: str, why: str) -> None:
+        raise StorageError("the disk is full")
+
+    revert, bed.watch._revert = bed.watch._revert, full
+    bed.vitals = Vitals(10**10, 10.0)
+    bed.watch.look()
+    with pytest.raises(StorageError):
+        bed.watch.look()
+    bed.watch._revert, bed.vitals = revert, BEFORE
+    bed.watch.look()
+    assert [sha256 for sha256, _ in bed.reverted] == ["aa"]
 
 
 def test_after_the_bake_nothing_is_held_against_it(tmp_path: Path) -> None:

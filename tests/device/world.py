@@ -74,8 +74,8 @@ class Service(FleetService):
 
 
 class Gateway:
-    def __init__(self, folder: Path) -> None:
-        self.publisher = Publisher(folder, now=datetime.now(UTC))
+    def __init__(self, folder: Path, *, now: datetime | None = None) -> None:
+        self.publisher = Publisher(folder, now=now or datetime.now(UTC))
         self.repository = self.publisher.repository
         self.store = Store.open(folder / "fleet.sqlite")
         self.authority = open_authority(folder / "authority", datetime.now(UTC))
@@ -144,7 +144,9 @@ class Gateway:
         path.write_text(json.dumps(document))
         return path
 
-    def release(self, adapter: Adapter, counter: int, **changes: Any) -> ReleaseRecord:
+    def release(
+        self, adapter: Adapter, counter: int, *, now: datetime | None = None, **changes: Any
+    ) -> ReleaseRecord:
         found = payload.encode(adapter, dtype="f32")
         fields = {
             "adapter_digest": found.adapter_digest,
@@ -153,16 +155,19 @@ class Gateway:
             "plain_length": found.plain_length,
             **changes,
         }
-        return self.release_bytes(found.data, counter, **fields)
+        return self.release_bytes(found.data, counter, now=now, **fields)
 
-    def release_bytes(self, data: bytes, counter: int, **fields: Any) -> ReleaseRecord:
+    def release_bytes(
+        self, data: bytes, counter: int, *, now: datetime | None = None, **fields: Any
+    ) -> ReleaseRecord:
         statement = ReleaseStatement(channel="stable", counter=counter, **fields)
+        self.publisher.now = now or datetime.now(UTC)
         metadata = self.publisher.signed_adapters(statement, data)
-        return self.repository.publish_release(metadata, data, now=datetime.now(UTC))
+        return self.repository.publish_release(metadata, data, now=self.publisher.now)
 
-    def order(self, *what: Any, rollout: str) -> None:
+    def order(self, *what: Any, rollout: str, window: str = "") -> None:
         self.publisher.now = datetime.now(UTC)
-        self.publisher.order(*what, rollout=rollout)
+        self.publisher.order(*what, rollout=rollout, window=window)
         self.changed()
 
     def payload_file(self, record: ReleaseRecord) -> Path:

@@ -88,7 +88,11 @@ class Publisher:
         return self.repository.publish_release(self.signed_adapters(new, data), data, now=self.now)
 
     def order(
-        self, *assignments: Assignment | ReleaseRecord, salt: str = "salt", rollout: str = "r"
+        self,
+        *assignments: Assignment | ReleaseRecord,
+        salt: str = "salt",
+        rollout: str = "r",
+        window: str = "",
     ) -> RoundDocument:
         rows = tuple(
             a if isinstance(a, Assignment) else Assignment(10_000, a.target, a.sha256)
@@ -99,6 +103,7 @@ class Publisher:
             rollout=rollout,
             salt=salt,
             assignments=rows,
+            window=window,
         )
         return self.repository.publish_round(document, now=self.now)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, Targets
+from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from clients import conformance
 from clients.conformance import Client
@@ -410,6 +410,62 @@ def test_a_delegated_role_that_has_expired(ready: Runner) -> None:
     assert "A" not in ready.versions()
 
 
+def test_a_delegated_role_that_has_expired_since(ready: Runner, tmp_path: Path) -> None:
+    """What was believed of a delegated role ends with it, unless there is a newer one."""
+    repo = ready.repo
+    repo.delegate("targets", role("A"), Targets(expires=repo.now + timedelta(days=7)))
+    repo.add("A", b"first", "first")
+    repo.add("A", b"second", "second")
+    repo.update("targets", "A")
+    assert ready.download("first") == 0
+
+    def later() -> Client:
+        client = ready.at(repo.now + timedelta(days=18))
+        client.refresh()
+        return client
+
+    with pytest.raises(Refused) as caught:
+        later().download("second", f"{ready.url}/targets/", ready.downloads)
+    assert caught.value.reason is R.METADATA_EXPIRED
+    assert ready.downloaded() == [b"first"]
+    repo.metadata["A"].signed.expires = repo.now + timedelta(days=21)
+    repo.update("A")
+    later().download("second", f"{ready.url}/targets", ready.downloads)
+    assert ready.downloaded() == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("scheme", ["rsassa-pss-sha256", "rsa-pkcs1v15-sha256", "ecdsa"])
+def test_other_kinds_of_keys(ready: Runner, scheme: str) -> None:
+    rsa = scheme.startswith("rsa")
+    signer = (
+        CryptoSigner.generate_rsa(scheme=scheme, size=2048)
+        if rsa
+        else CryptoSigner.generate_ecdsa()
+    )
+    repo = ready.repo
+    repo.root.revoke_key(repo.root.roles["timestamp"].keyids[0], "timestamp")
+    repo.root.add_key(signer.public_key, "timestamp")
+    repo.signers["timestamp"] = [signer]
+    repo.publish("root", "timestamp")
+    assert ready.refresh() == 0
+    assert ready.version("root") == 2
+
+
+def test_odd_but_right_metadata(ready: Runner) -> None:
+    """An old form of the specification's number, and an artefact named by another hash."""
+    repo = ready.repo
+    repo.root.spec_version = "1.0"
+    target = TargetFile.from_data("a/b c/ü%20?#.bin", b"odd", ["sha512"])
+    repo.targets.targets["a/b c/ü%20?#.bin"] = target
+    repo.publish("root")
+    repo.update("targets")
+    assert ready.refresh() == 0
+    prefix = target.hashes["sha512"]
+    repo.override[f"targets/a/b%20c/{prefix}.%C3%BC%20%3F%23.bin"] = b"odd"
+    assert ready.download("a/b c/ü%20?#.bin") == 0
+    assert ready.downloaded() == [b"odd"]
+
+
 # Delegations
 
 
@@ -586,3 +642,21 @@ def test_arguments_that_are_missing(client: Runner, capsys: pytest.CaptureFixtur
     assert "--metadata-url" in capsys.readouterr().err
     assert conformance.main(client.words("download")) == 1
     assert "--target-name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["refresh"], ["--metadata-dir", "D", "fly"], ["--help"]])
+def test_the_status_is_0_or_1_and_nothing_else(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert conformance.main(words) == (0 if words == ["--help"] else 1)
+    assert "airpeft-tuf-conformance" in "".join(capsys.readouterr())
+
+
+def test_options_in_any_order_and_addresses_without_a_slash(client: Runner) -> None:
+    client.init()
+    client.repo.add("targets", b"x", "file")
+    client.repo.update("targets")
+    where = ["--metadata-dir", str(client.trusted), "--metadata-url", f"{client.url}/metadata"]
+    what = ["--target-dir", str(client.downloads), "--target-base-url", f"{client.url}/targets"]
+    assert conformance.main([*what, "--target-name", "file", *where, "download"]) == 0
+    assert client.downloaded() == [b"x"]
