@@ -32,6 +32,7 @@ has made up; members that never answer, which end the sum (that is denial, not d
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -117,6 +118,13 @@ class SecureServer:
             )
         np.add(self._total, values, out=self._total)
         self._survivors = (*self._survivors, message.member)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the masked sum and of whose it is: no other unmasking has the same."""
+        whose = "\0".join(sorted(self._survivors)).encode()
+        digest = hashlib.sha256(self.session.digest + hashlib.sha256(whose).digest())
+        digest.update(self._total.astype("<u4", copy=False).tobytes())
+        return digest.hexdigest()
 
     def survivors(self) -> tuple[str, ...]:
         """After step 2: those whose vector is in the sum.
