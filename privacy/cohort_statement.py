@@ -186,7 +186,7 @@ def sentences(client: Mapping[str, Any]) -> list[str]:
     )
     shared = "shares" in client
     seen = "sums and adapters" if shared else "adapters"
-    told = "had anything to say" if shared else "took part at all"
+    told = "contributed anything" if shared else "took part at all"
     counted = (
         "the accounting assumes just that"
         if sampling["assumed"] == sampling["done"]
