@@ -152,7 +152,7 @@ def insist(node: Mapping[str, Any], secure: Mapping[str, Any]) -> None:
     least, noise = float(node["least-noise"]), Ring.from_mapping(secure).noise if secure else 0.0
     if not noise >= least:
         raise SecureSumError(
-            f"the task asks for noise of {noise:g} times the clip on the sum, added by the clients, "
-            f"and this device takes part from least-noise={least:g} on: raise the run's noise "
-            "([client_privacy], mechanism = 'distributed'), or lower it in the node_config"
+            f"the task asks for noise of {noise:g} times the clip on the sum, added by its "
+            f"clients, and this device takes part from least-noise={least:g} on: raise the run's "
+            "noise ([client_privacy], mechanism = 'distributed'), or lower it in the node_config"
         )

@@ -115,7 +115,8 @@ def clean_sum(config: RoundsConfig, trained: Mapping[str, Update], names: tuple[
 
 
 @pytest.mark.parametrize(
-    ("step", "count", "inside"), [("", 0, 12), ("train", 2, 10), ("masked", 3, 9), ("reveal", 3, 12)]
+    ("step", "count", "inside"),
+    [("", 0, 12), ("train", 2, 10), ("masked", 3, 9), ("reveal", 3, 12)],
 )
 def test_a_sum_is_never_clean_and_has_the_noise_of_those_in_it(
     step: str, count: int, inside: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,13 +182,12 @@ def test_clients_refuse_a_sum_with_too_little_noise_whatever_the_server_does(
     assert answers == {}  # seven are no cohort of theirs: not even keys
     assert "given up" in result.rounds[-1].unchanged
     # Ten train, and three of them vanish before their vectors: seven signatures are not given.
-    vanish = lambda client, step, part: (step, client) in {  # noqa: E731
-        *(("train", name) for name in NAMES[:2]),
-        *(("masked", name) for name in NAMES[2:5]),
-    }
+    lost = {("train", name) for name in NAMES[:2]} | {("masked", name) for name in NAMES[2:5]}
     folder = tmp_path / "second"
     (folder / "partitions").mkdir(parents=True)
-    result, events, _ = run(folder, seen, dies=vanish, answers=answers)
+    result, events, _ = run(
+        folder, seen, dies=lambda client, step, part: (step, client) in lost, answers=answers
+    )
     assert {step for _, step, _ in answers} == {"keys", "pieces", "masked"}
     assert "given up" in result.rounds[-1].unchanged
     assert events == seen.totals == []
