@@ -86,7 +86,7 @@ class SecureReduction(Reduction):
         """To be called before anybody can know the sum: where it comes with noise, that is paid.
 
         Args:
-            inputs: hex fingerprint of the masked sum, which no other unmasking has.
+            inputs: hex fingerprint of the masked sum, which no other sum has.
         """
         if isinstance(self._sum, SharedSum):
             self._sum.pay(inputs)

@@ -35,6 +35,7 @@ LEAST_SHARE = 4  # steps of a client's own noise: with fewer, a sum of shares is
 # sub-Gaussian, so one of 2^28 values passes it once in 10^13 rounds, and then wraps around.
 TAILS = 10.0
 _ONE = 1 << 30  # a whole weight
+_OF_NOISE: Mapping[str, int | float] = {"noise": 0.0, "least": 0, "honest": 0}
 
 
 class SecretError(AggregationError):
@@ -240,8 +241,9 @@ class Ring:
         return self._values.from_bytes(data, length)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for a message."""
-        return asdict(self)
+        """Plain values, for a message; those of the noise only if there is any."""
+        found = asdict(self)
+        return found if self.noise else {key: found[key] for key in found.keys() - _OF_NOISE.keys()}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Ring:
@@ -253,6 +255,8 @@ class Ring:
         """
         named: dict[str, type] = {"float": float, "int": int, "bool": bool}
         kinds = {f.name: named[str(f.type)] for f in fields(cls)}
+        if not _OF_NOISE.keys() & values.keys():
+            values = {**_OF_NOISE, **values}
         if set(values) != set(kinds) or any(type(values[k]) is not kinds[k] for k in kinds):
             raise SecretError(f"a ring has exactly the fields {', '.join(sorted(kinds))}")
         return cls(**values)

@@ -54,8 +54,8 @@ class SharedSum:
         """Count what this sum costs, durably, before it can be known.
 
         Args:
-            inputs: hex fingerprint of the masked sum. Each unmasking is counted: the noise of no
-                two is the same.
+            inputs: hex fingerprint of the masked sum, which no other sum has. So each unmasking
+                is counted: the noise of no two is the same.
         """
         self.noise.pay(self.number, inputs)
         self.paid = True

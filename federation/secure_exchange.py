@@ -136,7 +136,9 @@ class SecureExchange(SecureSteps):
         confirmed = server.confirmations(list(self._confirm(part, survivors)))
         reduction = self.taken.reduction
         assert isinstance(reduction, SecureReduction)  # noqa: S101 - narrows the type
-        reduction.before_unmasking(server.fingerprint())
+        # Only simulated clients find their data in a folder that the server names.
+        seeded = bool(self.config.data_folder)
+        reduction.before_unmasking(server.fingerprint(seeded=seeded))
         return server.total(list(self._reveal(part, confirmed))), survivors
 
 

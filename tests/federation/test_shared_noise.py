@@ -80,19 +80,22 @@ def run(
     answers: dict[tuple[str, str, int], Mapping[str, bytes]] | None = None,
     number: int = 0,
     name: str = "toy",
+    devices: bool = False,
 ) -> tuple[TrainingResult, list[int], RoundsConfig]:
     """A run; gives its result, the steps of every event that the ledger has, and its settings."""
     of = of or promised()
     config = secure_settings(
         folder, run=name, recipe="ffa-lora", client_privacy=of, rounds=of.rounds, seed=11 + number
     )
+    roster = str(flower.client_roster(config.data_folder)) if devices else ""
+    config = replace(config, data_folder="") if devices else config
     ledger = Ledger(folder / "server.sqlite")
     account = seen.account = CohortAccount(of, run=name, ledger=ledger, key=seeded_key(1))
 
     def behave(task: flower.TrainTask, client: str) -> Update:
         return replace(honest(task, client), weight=1.0)
 
-    app = secure_app(behave, dies=dies, desk=desk, trained=trained, seen=answers)
+    app = secure_app(behave, dies=dies, desk=desk, trained=trained, seen=answers, roster=roster)
     try:
         with LocalGrid(app, 12) as grid:
             result = run_training(grid, config, initial=START, account=account)
@@ -193,22 +196,30 @@ def test_clients_refuse_a_sum_with_too_little_noise_whatever_the_server_does(
     assert events == seen.totals == []
 
 
-def test_a_round_that_is_repeated_is_counted_again_and_has_other_noise(
+def test_a_round_that_devices_repeat_is_counted_again_and_has_other_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs over one ledger, as if the server had crashed after it had spent."""
+    seen, results = Seen(monkeypatch), []
+    (tmp_path / "partitions").mkdir()
+    for count in (1, 2):
+        result, events, _ = run(tmp_path, seen, desk=SecureDesk(once=True), devices=True)
+        assert events == [1] * count
+        results.append(result.adapter.digest)
+    assert results[0] != results[1] != START.digest
+
+
+def test_a_round_that_a_simulation_repeats_is_the_same_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = Seen(monkeypatch)
     (tmp_path / "partitions").mkdir()
-    of = promised()
-    first, events, _ = run(tmp_path, seen, of=of, desk=SecureDesk(once=True))
-    again, twice, _ = run(tmp_path, seen, of=of, desk=SecureDesk(once=True))
-    assert (events, twice) == ([1], [1, 1])
-    assert first.adapter.digest != again.adapter.digest
-    # In a simulation noise is drawn from the seed, and two runs are one and the same.
-    one, two = ((tmp_path / name) for name in ("one", "two"))
-    for folder in (one, two):
-        (folder / "partitions").mkdir(parents=True)
-    assert run(one, seen)[0].adapter.digest == run(two, seen)[0].adapter.digest
+    (one, first, _), (two, again, _) = run(tmp_path, seen), run(tmp_path, seen)
+    assert first == again == [1]
+    assert one.adapter.digest == two.adapter.digest
+    # With others in the sum it is another one.
+    _, other, _ = run(tmp_path, seen, dies=dead("train", 1))
+    assert other == [1, 1]
 
 
 def test_a_round_that_would_overspend_is_refused_before_anybody_is_asked(
