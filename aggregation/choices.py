@@ -24,7 +24,7 @@ from aggregation.refactoring import Keep, Svd
 from aggregation.ridge import Ridge
 from aggregation.robust import FLTrust, GeometricMedian, NormClip
 from aggregation.robust_rules import Krum, MultiKrum
-from aggregation.secure_pieces import SecureClientDp, SecureSum
+from aggregation.secure_pieces import SecureClientDdp, SecureClientDp, SecureSum
 from aggregation.sent_mean import SentMean
 from aggregation.server_adaptive import FedAdagrad, FedAdam, FedYogi
 from aggregation.server_optimizer import Momentum, Sgd
@@ -86,6 +86,7 @@ CHOICES: Mapping[str, tuple[type[Any], ...]] = {
         ClientDpFtrl,
         SecureSum,
         SecureClientDp,
+        SecureClientDdp,
     ),
     "optimise": (
         Sgd,

@@ -20,6 +20,7 @@ from aggregation.clipped_sum import CLIP, ClippedSum, Noise, Release, VectorSum
 from aggregation.errors import RecipeError
 from aggregation.parcel_keys import sent_keys, sizes
 from aggregation.piece import Piece
+from aggregation.reducing import Accumulator
 from aggregation.state import GlobalState
 from aggregation.train import Assignment
 
@@ -63,7 +64,7 @@ class CentralPiece(Piece):
         """Standard deviation of the noise on the sum of vectors, over the clip."""
         return self.noise_multiplier
 
-    def open(self, state: GlobalState, assignment: Assignment, noise: Noise | None) -> ClippedSum:
+    def open(self, state: GlobalState, assignment: Assignment, noise: Noise | None) -> Accumulator:
         """A new sum for one round.
 
         Args:
@@ -74,11 +75,6 @@ class CentralPiece(Piece):
         Raises:
             RecipeError: without noise.
         """
-        if noise is None:
-            raise RecipeError(
-                f"private={self} adds noise that somebody has to count: begin with noise=..., as "
-                "privacy.cohort_account gives it (a scenario has [client_privacy] for it)"
-            )
         spec = state.adapter.spec
         keys = sent_keys(spec, assignment)
         about = f"{state.adapter.digest} {' '.join(keys)}"
@@ -86,9 +82,22 @@ class CentralPiece(Piece):
         return ClippedSum(
             spec,
             keys,
-            VectorSum(size, self.release(state), state.round + 1, noise, about),
+            VectorSum(size, self.release(state), state.round + 1, self.counted(noise), about),
             self.adapt(state),
         )
+
+    def counted(self, noise: Noise | None) -> Noise:
+        """The same, if there is one.
+
+        Raises:
+            RecipeError: if there is none.
+        """
+        if noise is None:
+            raise RecipeError(
+                f"private={self} adds noise that somebody has to count: begin with noise=..., as "
+                "privacy.cohort_account gives it (a scenario has [client_privacy] for it)"
+            )
+        return noise
 
     def release(self, state: GlobalState) -> Release:
         """Clip, noise and divisor of the next round."""

@@ -43,6 +43,7 @@ class Summed:
         sketches: by module, of shape (d_out, columns); empty if there are none.
         indices: by module, the weight of each rank index; empty if they are not added up.
         vector: the changes that travelled as one vector, in the order of their keys.
+        longest: Euclidean norm that this vector can have, where clients scale theirs down; else 0.
     """
 
     change: Reduced
@@ -52,6 +53,7 @@ class Summed:
     sketches: Mapping[str, Array]
     indices: Mapping[str, Array]
     vector: Array
+    longest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Layout:
             sketches=sketches,
             indices=indices,
             vector=vector,
+            longest=ring.longest(clients, vector.size) if ring.norm else 0.0,
         )
 
 

@@ -27,6 +27,7 @@ from aggregation.low_rank import Array
 from aggregation.reducing import Reduced
 from aggregation.secret import Summed
 from aggregation.secret_ring import SecretError
+from aggregation.shared_noise import SharedSum
 from aggregation.sketches import Sketches
 from aggregation.sketching import EVERYBODY, SketchSum
 from aggregation.update import Update
@@ -81,6 +82,15 @@ class SecureReduction(Reduction):
             "and this is one client's update; choose private=none to add updates in the clear"
         )
 
+    def before_unmasking(self, inputs: str) -> None:
+        """To be called before anybody can know the sum: where it comes with noise, that is paid.
+
+        Args:
+            inputs: hex fingerprint of the masked sum, which no other sum has.
+        """
+        if isinstance(self._sum, SharedSum):
+            self._sum.pay(inputs)
+
     def add_sum(self, summed: Summed) -> None:
         """Take the sum of all clients of the round.
 
@@ -99,6 +109,8 @@ class SecureReduction(Reduction):
         reduce = self._recipe.reduce
         if isinstance(self._sum, ClippedSum):
             self._sum.vectors.add_sum(summed.vector, summed.clients)
+        elif isinstance(self._sum, SharedSum):
+            self._sum.add_sum(summed.vector, summed.longest)
         elif isinstance(self._sum, SketchSum):
             if not summed.sketches:
                 raise SecretError("a sketched mean needs the sum of the sketches: it is missing")
@@ -135,6 +147,11 @@ class SecureReduction(Reduction):
         """Shapes of an answer to :meth:`question` by module; empty if nothing was asked."""
         spec, basis = self._state.adapter.spec, self._basis
         return {m.name: (m.d_in, basis[m.name].shape[1]) for m in spec.modules if basis}
+
+    @property
+    def in_any_case(self) -> bool:
+        """As in the base class; without clients there is no noise of theirs to release."""
+        return super().in_any_case and not isinstance(self._sum, SharedSum)
 
     @property
     def weight(self) -> float:

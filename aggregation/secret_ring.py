@@ -27,10 +27,15 @@ import numpy.typing as npt
 
 from aggregation.errors import AggregationError, RecipeError
 from aggregation.low_rank import Array
-from aggregation.ring import FixedPoint, Numbers, RingError
+from aggregation.ring import MAX_CLIENTS, FixedPoint, Numbers, RingError
 
 WIDER = 8.0  # the range of sketches, over that of values
+LEAST_SHARE = 4  # steps of a client's own noise: with fewer, a sum of shares is no good Gaussian
+# Standard deviations of noise that the ring has room for. Sums of discrete Gaussians are
+# sub-Gaussian, so one of 2^28 values passes it once in 10^13 rounds, and then wraps around.
+TAILS = 10.0
 _ONE = 1 << 30  # a whole weight
+_OF_NOISE: Mapping[str, int | float] = {"noise": 0.0, "least": 0, "honest": 0}
 
 
 class SecretError(AggregationError):
@@ -50,6 +55,10 @@ class Ring:
         by_index: whether the weight of every rank index is added up.
         norm: if above 0, each client scales its vector down to this Euclidean norm, and rounds
             towards zero, so that rounding makes it no longer.
+        noise: if above 0, each client adds noise of its own, see :attr:`share`; of ``honest``
+            clients together it has this many times ``norm`` as its standard deviation.
+        least: with noise: with fewer clients in it, a sum is given up, and nothing is unmasked.
+        honest: with noise: how many of those may be counted on to tell nobody their noise.
 
     Raises:
         RecipeError: if a number is out of its bounds.
@@ -62,15 +71,56 @@ class Ring:
     equal: bool = False
     by_index: bool = False
     norm: float = 0.0
+    noise: float = 0.0
+    least: int = 0
+    honest: int = 0
 
     def __post_init__(self) -> None:
         FixedPoint(WIDER * self.clip, self.clients, self.max_weight, self.bits)
         if not (math.isfinite(self.norm) and 0 <= self.norm <= 1e12):
             raise RecipeError(f"secure-sum: norm={self.norm:g} is not in 0..1e12")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise RecipeError(f"secure-sum: noise={self.noise:g} is no multiple of the norm")
+        if self.noise:
+            self._check_noise()
+
+    def _check_noise(self) -> None:
+        plain = self.norm > 0 and self.equal and not self.by_index
+        if not (plain and 1 <= self.honest <= self.least <= self.clients):
+            raise RecipeError(
+                f"secure-sum: noise of the clients needs a norm, equal weights, and 1 <= honest="
+                f"{self.honest} <= least={self.least} <= clients={self.clients}: draw a larger "
+                "cohort, or count on fewer that drop out or are in league with the server"
+            )
+        if self._room > MAX_CLIENTS or self.share < LEAST_SHARE:
+            raise RecipeError(
+                f"secure-sum: {self.bits} bits have no room for noise of {self.noise:g} times the "
+                f"clip by {self.clients} clients; choose bits=32, less noise, or smaller cohorts"
+            )
+
+    @property
+    def _room(self) -> int:
+        """How many clients' values the range has room for: the clients, and the noise's tails.
+
+        A share is rounded up to whole steps, of which it has :data:`LEAST_SHARE` at least, and so
+        is larger by a quarter at most.
+        """
+        if not self.noise:
+            return self.clients
+        tails = 1.25 * TAILS * self.noise * math.sqrt(self.clients / self.honest)
+        return math.ceil(self.clients + tails)
 
     @cached_property
     def _values(self) -> FixedPoint:
-        return FixedPoint(self.clip, self.clients, self.max_weight, self.bits)
+        return FixedPoint(self.clip, self._room, self.max_weight, self.bits)
+
+    @property
+    def share(self) -> int:
+        """Parameter of the discrete Gaussian noise that each client adds to each number, in steps.
+
+        Of the ``honest`` together: ``noise`` times the norm, or a little more.
+        """
+        return math.ceil(self.noise * self._values.levels / math.sqrt(max(1, self.honest)))
 
     @cached_property
     def wide(self) -> Ring:
@@ -136,12 +186,33 @@ class Ring:
         return np.concatenate(out)
 
     def sums(self, numbers: Numbers, clients: int) -> Array:
-        """The sum of weight times value.
+        """The sum of weight times value, with the clients' noise if there is any.
 
         Raises:
             RingError: if it is larger than so many clients can make it.
         """
-        return self._values.total(numbers, clients)
+        if not self.noise:
+            return self._values.total(numbers, clients)
+        if clients > self.clients:
+            raise RingError(f"secure sum: the sum of {clients} clients; at most {self.clients}")
+        found = self._values.total(numbers, self._room)
+        tails = TAILS * self.share * math.sqrt(clients)
+        most = self.lsb * (clients * self._values.levels + tails)
+        if float(np.abs(found).max(initial=0.0)) > most * (1 + 1e-9):
+            raise RingError(
+                f"secure sum: a value of the sum is beyond {most:.4g}, which {clients} clients and "
+                "their noise do not reach; somebody sent other numbers, the sum is void"
+            )
+        return found
+
+    def longest(self, clients: int, size: int) -> float:
+        """Euclidean norm that so many clients' vectors and their noise reach together, at most.
+
+        The noise's part is a tail of Hsu, Kakade and Zhang 2012 for sub-Gaussian vectors: it is
+        passed with a probability of e^-50.
+        """
+        noise = self.share * self.lsb * math.sqrt(clients) if self.noise else 0.0
+        return clients * self.norm + noise * (math.sqrt(size) + TAILS)
 
     def weight_sums(self, numbers: Numbers, clients: int) -> Array:
         """The sums of weights: the inverse of :meth:`weights`, digit by digit.
@@ -170,8 +241,9 @@ class Ring:
         return self._values.from_bytes(data, length)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for a message."""
-        return asdict(self)
+        """Plain values, for a message; those of the noise only if there is any."""
+        found = asdict(self)
+        return found if self.noise else {key: found[key] for key in found.keys() - _OF_NOISE.keys()}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Ring:
@@ -183,6 +255,8 @@ class Ring:
         """
         named: dict[str, type] = {"float": float, "int": int, "bool": bool}
         kinds = {f.name: named[str(f.type)] for f in fields(cls)}
+        if not _OF_NOISE.keys() & values.keys():
+            values = {**_OF_NOISE, **values}
         if set(values) != set(kinds) or any(type(values[k]) is not kinds[k] for k in kinds):
             raise SecretError(f"a ring has exactly the fields {', '.join(sorted(kinds))}")
         return cls(**values)

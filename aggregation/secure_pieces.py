@@ -13,18 +13,23 @@ What a client gives to a sum is in :mod:`aggregation.secret`; the protocol that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from aggregation.client_dp import CentralPiece, ClientDp
+from aggregation.clipped_sum import Noise
 from aggregation.errors import RecipeError
 from aggregation.index_mean import IndexMean
+from aggregation.parcel_keys import sent_keys
 from aggregation.piece import Piece
 from aggregation.reducing import FactorMean
 from aggregation.ring import FixedPoint
 from aggregation.secret_ring import Ring
+from aggregation.shared_noise import SharedSum
 from aggregation.sketching import Sketch
 from aggregation.sparse_codecs import Segments
+from aggregation.state import GlobalState
+from aggregation.train import Assignment
 
 if TYPE_CHECKING:
     from aggregation.recipe import Recipe
@@ -104,6 +109,67 @@ class SecureClientDp(CentralPiece):
         _check_shares(self.kind, self.dropouts, self.corrupt)
 
 
+@dataclass(frozen=True)
+class SecureClientDdp(CentralPiece):
+    """Private: client-dp whose noise the clients add, in shares, so that no sum is ever clean.
+
+    The distributed discrete Gaussian mechanism (Kairouz, Liu and Steinke 2021, 2102.06387), without
+    its rotation: 32 bits have room for unrotated vectors. Each client clips what it sends, rounds
+    it towards zero to whole numbers, and adds a discrete Gaussian of its own to each of them before
+    it masks them. The server sees the sum of vectors and shares, and adds nothing.
+
+    What is counted is the noise of as few clients as there may be: those that are left if
+    ``dropouts`` of the cohort drop out, without the ``corrupt`` that tell the server theirs. With
+    fewer in it, a sum is given up. If more come, there is more noise than was counted on: by a
+    factor of up to ``sqrt(1 / (1 - dropouts - corrupt))``.
+
+    Attributes:
+        clip: C, the Euclidean norm to which each client scales its vector down.
+        noise_multiplier: standard deviation over ``clip`` of the shares that are counted on.
+        cohort: number of clients in a round, by which the sum is divided whoever came.
+        bits: 32, 24 or 16 of each number.
+        dropouts: share of the cohort that may drop out of a round, below a third.
+        corrupt: share of the cohort that may be in league with the server, below a third.
+
+    Raises:
+        RecipeError: if a number is out of its bounds.
+    """
+
+    kind = "secure-client-ddp"
+    secure = True
+    bits: int = 32
+    dropouts: float = 0.3
+    corrupt: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FixedPoint(self.clip, 3, 1.0, self.bits)
+        _check_shares(self.kind, self.dropouts, self.corrupt)
+
+    def open(self, state: GlobalState, assignment: Assignment, noise: Noise | None) -> SharedSum:
+        """A sum for one round, which comes with its noise; arguments as for the base class."""
+        spec = state.adapter.spec
+        return SharedSum(
+            spec, sent_keys(spec, assignment), self.cohort, state.round + 1, self.counted(noise)
+        )
+
+
+def counted_on(clients: int, dropouts: float, corrupt: float) -> tuple[int, int]:
+    """How many of a cohort a noised sum needs, and whose noise is counted on.
+
+    Args:
+        clients: how many are asked.
+        dropouts: share of them that may drop out, from the training to the last step.
+        corrupt: share of them that may be in league with the server.
+
+    Returns:
+        (least, honest): the fewest in a sum, and the fewest of those that keep their noise to
+        themselves; may be 0 or less for the smallest cohorts.
+    """
+    least = clients - math.ceil(dropouts * clients - 1e-9)
+    return least, least - math.ceil(corrupt * clients - 1e-9)
+
+
 def with_secure_sum(private: CentralPiece, secure: Piece) -> CentralPiece:
     """Client-level privacy with the masks of a secure sum, if there is one.
 
@@ -115,20 +181,21 @@ def with_secure_sum(private: CentralPiece, secure: Piece) -> CentralPiece:
         RecipeError: if the noise is of a kind that needs more of the clients than their sum.
     """
     if not isinstance(secure, SecureSum):
+        if isinstance(private, SecureClientDdp):
+            raise RecipeError(
+                f"private={secure} lets the server see updates one by one, each with its own "
+                "client's noise only; with mechanism = 'distributed' choose private = 'secure-sum'"
+            )
         return private
+    wire: dict[str, Any] = {name: getattr(secure, name) for name in ("bits", "dropouts", "corrupt")}
+    if isinstance(private, SecureClientDdp):
+        return replace(private, **wire)
     if not isinstance(private, ClientDp) or private.quantile is not None:
         raise RecipeError(
             f"private={private} needs more of each round than the sum of the clients' vectors; "
             "with a secure sum choose mechanism = 'gaussian' with a fixed clip (no quantile)"
         )
-    return SecureClientDp(
-        private.clip,
-        private.noise_multiplier,
-        private.cohort,
-        bits=secure.bits,
-        dropouts=secure.dropouts,
-        corrupt=secure.corrupt,
-    )
+    return SecureClientDp(private.clip, private.noise_multiplier, private.cohort, **wire)
 
 
 def ring_of(recipe: Recipe, clients: int) -> Ring:
@@ -144,6 +211,19 @@ def ring_of(recipe: Recipe, clients: int) -> Ring:
     private, equal = recipe.private, recipe.weigh.equal
     if isinstance(private, SecureClientDp):
         return Ring(private.clip * _EDGE, clients, 1.0, private.bits, True, norm=private.clip)
+    if isinstance(private, SecureClientDdp):
+        least, honest = counted_on(clients, private.dropouts, private.corrupt)
+        return Ring(
+            private.clip * _EDGE,
+            clients,
+            1.0,
+            private.bits,
+            True,
+            norm=private.clip,
+            noise=private.noise_multiplier,
+            least=least,
+            honest=honest,
+        )
     weight = 1.0 if equal else float(private.max_weight)
     return Ring(
         float(private.clip),

@@ -19,6 +19,7 @@ node_config         means
 ``identity``        home of the enrolled device, whose key signs in a secure sum
 ``roster``          the cohort's public keys, for a secure sum; see privacy.secure_roster
 ``roster-digest``   ``sha256:...`` of that file, from somebody whom the device trusts
+``least-noise``     the least noise of the clients on a sum, over the clip, to take part; else any
 ==================  ==================================================================
 
 A device with data of its own takes its randomness from a secret beside its ledger, never from the
@@ -49,6 +50,7 @@ from clients.node import (
     data_of,
     finder_of,
     identity_of,
+    insist,
     memory_of,
     resident,
     trainer_of,
@@ -118,6 +120,7 @@ def _train(message: Message, context: Context) -> Message:
         memory=memory_of(node, task.data_folder),
         secure=task.secure,
     )
+    insist(node, task.secure)
     if task.secure:  # what cannot be summed must not be trained, and so spent, in vain
         identity_of(node, task.data_folder, task.seed).load(job.client)
     result = trainer_of(node, task.base, task.data_folder).train([job])[0]

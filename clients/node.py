@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Message
 
 from aggregation.adapter import Adapter
+from aggregation.secret_ring import Ring
 from clients.data import DataSource
 from clients.errors import ClientError
 from clients.memory import ClientMemory
 from clients.secure_identity import SecureIdentity, of_node
+from privacy.secure_session import SecureSumError
 from protos import flower
 from protos.flower import ClientFault
 from protos.tasks import client_memory
@@ -136,3 +138,24 @@ def identity_of(node: Mapping[str, Any], data_folder: str, seed: int) -> SecureI
         )
     simulated = flower.client_roster(data_folder) if data_folder and "data" not in node else None
     return of_node(node, client_of(node), simulated, seed)
+
+
+def insist(node: Mapping[str, Any], secure: Mapping[str, Any]) -> None:
+    """Refuse a task that hides this client's update less than the device's owner wants it hidden.
+
+    Args:
+        node: ``least-noise``: of the clients' own noise on the sum, over the clip; none for any.
+        secure: the ring of the round's secure sum, as the task has it; empty without one.
+
+    Raises:
+        SecureSumError: if the sum would have less noise than that, or there is none.
+    """
+    if "least-noise" not in node:
+        return
+    least, noise = float(node["least-noise"]), Ring.from_mapping(secure).noise if secure else 0.0
+    if not noise >= least:
+        raise SecureSumError(
+            f"the task asks for noise of {noise:g} times the clip on the sum, added by its "
+            f"clients, and this device takes part from least-noise={least:g} on: raise the run's "
+            "noise ([client_privacy], mechanism = 'distributed'), or lower it in the node_config"
+        )

@@ -7,10 +7,14 @@ forgotten its secrets, and its client has dropped out of the sum.
 A vector enters one session and no second one: two sums over two cohorts that differ in one client
 would tell that client's vector. For the same reason a real device does not train again for a round
 of which it has sent a masked vector already, whatever the server says has happened since.
+
+Where clients add noise of their own, it is drawn for the session, after the vector is kept and
+before it is masked: from the operating system's entropy on a device, so that no two sums share any.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,13 +28,16 @@ from aggregation.secret_ring import Ring
 from aggregation.update import Update
 from clients.secure_identity import SecureIdentity
 from clients.training import ClientJob
+from privacy.discrete_gaussian import discrete_gaussian
+from privacy.randomness import KEY_BYTES as NOISE_KEY_BYTES
+from privacy.randomness import Stream, derive, seeded_key
 from privacy.secure_client import SecureClient
 from privacy.secure_messages import (
     KEY_BYTES,
     Confirmation,
     PublicKeys,
 )
-from privacy.secure_session import SecureSumError, Session
+from privacy.secure_session import SecureSumAborted, SecureSumError, Session
 
 SECOND = 1  # the part of a round with a second sum
 RUNS = 64
@@ -68,6 +75,7 @@ class _Kept:
     ring: Ring
     weight: float
     vectors: dict[int, Numbers] = field(repr=False)
+    seed: int = 0
     member: SecureClient | None = field(default=None, repr=False)
     part: int = -1
 
@@ -103,7 +111,8 @@ class SecureDesk:
         ring = self.check(job, update.weight)
         layout = Layout(job.adapter.spec, job.assignment, ring)
         secret = layout.secret(update.adapter, job.adapter, update.weight, update.sketches)
-        kept = _Kept(job.run, job.round, ring, 1.0 if ring.equal else update.weight, {0: secret})
+        weight = 1.0 if ring.equal else update.weight
+        kept = _Kept(job.run, job.round, ring, weight, {0: secret}, job.seed)
         with self._lock:
             self._kept[job.client] = kept
         steps = {key: value for key, value in update.metrics.items() if key == "steps"}
@@ -165,9 +174,13 @@ class SecureDesk:
         if request.step == "masked":
             self._refuse_again(request.client, request.run, request.round, part=request.part)
             self._note(request.client, request.run, request.round)
-            masked = member.mask(kept.vectors.pop(request.part), blobs)
+            vector = kept.vectors.pop(request.part)
+            if kept.ring.noise:
+                vector = vector + self._noise(kept, member, vector.size)
+            masked = member.mask(vector, blobs)
             return {"vector": kept.ring.to_bytes(masked.values)}
         if request.step == "confirm":
+            self._enough(kept.ring, len(request.names), "are in the sum")
             return {"signature": member.confirm(request.names).signature}
         if request.step == "reveal":
             given = member.reveal([Confirmation(name, blob) for name, blob in blobs.items()])
@@ -184,6 +197,7 @@ class SecureDesk:
                 f"{request.client} was asked into a sum {request.part} of round {request.round} "
                 "for which it has no vector, or which it is in already"
             )
+        self._enough(kept.ring, len(request.names), "are to be summed")
         sign, roster = request.identity.load(request.client)
         strangers = sorted(set(request.names) - set(roster.members))
         if strangers:
@@ -211,6 +225,30 @@ class SecureDesk:
         values = np.frombuffer(request.blobs.get("values", b""), "<f8")
         kept.vectors[SECOND] = kept.ring.wide.numbers(values, kept.weight)
         return {}
+
+    def _noise(self, kept: _Kept, member: SecureClient, size: int) -> Numbers:
+        """This client's share of the noise: fresh for every session, whatever was in it before."""
+        session = member.session.digest.hex()
+        key = (
+            os.urandom(NOISE_KEY_BYTES)
+            if self._once
+            else derive(seeded_key(kept.seed), "share", kept.run, member.member, session)
+        )
+        drawn = discrete_gaussian(Stream(key), kept.ring.share, size)
+        return drawn.astype(np.uint32)  # modulo 2^32, as everything in the sum
+
+    @staticmethod
+    def _enough(ring: Ring, count: int, what: str) -> None:
+        """Refuse a sum whose noise would be less than what was counted on.
+
+        Raises:
+            SecureSumAborted: if so few clients are in it.
+        """
+        if count < ring.least:
+            raise SecureSumAborted(
+                f"{count} clients {what}; with fewer than {ring.least} their noise would be less "
+                "than was counted on"
+            )
 
     def _refuse_again(self, client: str, run: str, number: int, part: int = 0) -> None:
         if self._once and part == 0 and self._sent.get((client, run), 0) >= number:

@@ -54,7 +54,8 @@ def with_client_privacy(
             "chooses that piece itself; choose private=none or secure-sum, or leave client privacy "
             "out"
         )
-    if min_updates > 1:
+    # The clients' own noise hides what they send, and not that they do.
+    if min_updates > 1 and central.mechanism != "distributed":
         raise RoundsError(
             f"min_updates = {min_updates}: with client privacy every round releases its noise, "
             "whoever came, since a round without a result would tell how few they were; leave "

@@ -74,7 +74,7 @@ class PrivateStrategy(LoraStrategy):
     def _able(self, number: int) -> list[str]:
         """The clients that are there and may take part in a round."""
         central = self._account.central
-        if central.mechanism == "gaussian":
+        if central.mechanism != "tree":
             return list(self._nodes)
         first = self._account.tree_start(number)
 

@@ -50,6 +50,8 @@ class RoundsConfig:
             there are none.
         min_updates: a round with fewer usable updates changes nothing.
         deadline_seconds: replies that come later are left out of their round.
+        step_share: each step of a secure sum waits for at most this share of the deadline, and
+            goes on with those who have answered; above 0 and at most 1.
         seed: root of every draw of the run.
         data_folder: where simulated clients find their examples; empty for real ones.
         ranks: rank of a client's adapter, by name; the others have the global adapter's.
@@ -79,6 +81,7 @@ class RoundsConfig:
     gather_seconds: float = 120.0
     min_updates: int = 1
     deadline_seconds: float = 600.0
+    step_share: float = 0.2
     seed: int = 0
     data_folder: str = ""
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -95,6 +98,7 @@ class RoundsConfig:
             "clients": self.clients >= 1,
             "min_updates": self.min_updates >= 1,
             "deadline_seconds": self.deadline_seconds > 0,
+            "step_share": 0 < self.step_share <= 1,
             "sampling": self.sampling in ("fixed", "poisson"),
             "holdout": 0 <= self.holdout <= 0.9,
             "ranks": all(rank >= 1 for rank in self.ranks.values()),
@@ -174,7 +178,8 @@ class Round:
         secure: of a secure sum: ``members`` and ``threshold`` of the last session, how many clients
             were ``summed`` and their ``weight``, the ``bound`` on the error of each value of their
             mean, ``dropped`` with step and reason by client, and why it was ``given_up``. The
-            ``weights`` of single clients are then not known.
+            ``weights`` of single clients are then not known. Where clients add noise: ``least`` of
+            them in a sum, of whom ``honest`` are counted on, and the ``share`` of each, in steps.
     """
 
     number: int

@@ -107,6 +107,11 @@ class SecureExchange(SecureSteps):
         Raises:
             SecureSumError: if it cannot be formed without giving something away.
         """
+        ring = self.layout.ring
+        if len(members) < ring.least:
+            raise SecureSumAborted(
+                f"{len(members)} clients are ready, and the noise of {ring.least} is counted on"
+            )
         session = Session.of(
             self.config.run,
             self.taken.expected.round,
@@ -117,16 +122,23 @@ class SecureExchange(SecureSteps):
             part=part,
         )
         self.note |= {"members": len(members), "threshold": session.threshold}
+        if ring.noise:
+            self.note |= {"least": ring.least, "honest": ring.honest, "share": ring.share}
         server = SecureServer(session)
         keys = server.keys(list(self._keys(part, session)))
         pieces = server.pieces(list(self._pieces(part, keys)))
         for masked in self._masked(part, pieces, length):
             server.add(masked)
         survivors = server.survivors()
-        wanted = len(members) if everybody else self.config.min_updates
+        wanted = len(members) if everybody else max(self.config.min_updates, ring.least)
         if len(survivors) < wanted:  # before anything is unmasked
             raise SecureSumAborted(f"{len(survivors)} vectors came, {wanted} are needed")
         confirmed = server.confirmations(list(self._confirm(part, survivors)))
+        reduction = self.taken.reduction
+        assert isinstance(reduction, SecureReduction)  # noqa: S101 - narrows the type
+        # Only simulated clients find their data in a folder that the server names.
+        seeded = bool(self.config.data_folder)
+        reduction.before_unmasking(server.fingerprint(seeded=seeded))
         return server.total(list(self._reveal(part, confirmed))), survivors
 
 

@@ -1,7 +1,9 @@
 """The five steps of a secure sum as messages: who is asked for what, and who has dropped out.
 
-Each member is asked once for each step, with the round's deadline. What it answers is judged on its
-own, and whoever does not answer soundly is out of the sum from there on.
+Each member is asked once for each step, which waits for at most a share of the round's deadline
+(``step_share``) and then goes on with those who have answered, if they are enough. What a member
+answers is judged on its own, and whoever does not answer soundly is out of the sum from there on,
+and is not asked again: a member that hangs costs a round one step's wait.
 """
 
 from __future__ import annotations
@@ -185,7 +187,8 @@ class SecureSteps:
                 message = Message(content, dst_node_id=self.nodes[client], message_type=kind)
                 yield requests.add(message, client)
 
-        replies = self.grid.send_and_receive(messages(), timeout=self.config.deadline_seconds)
+        seconds = self.config.step_share * self.config.deadline_seconds
+        replies = self.grid.send_and_receive(messages(), timeout=seconds)
         for reply, client, _ in requests.match(replies):
             if reply.has_content():
                 self.taken.nbytes += flower.record_bytes(reply.content)

@@ -10,7 +10,7 @@
 One frozen value holds the clip, the noise, the divisor, the way cohorts are drawn and the number of
 rounds; the piece that noises the sum and the events that are counted both come out of it, so they
 cannot disagree. The server adds the noise: it has to be trusted with the updates, unless a secure
-sum hides them from it.
+sum hides them from it; or the clients add it, in shares, and the server never has a sum without.
 
 **Sampling.** Where every client is drawn by a coin of its own (``sampling="poisson"``), nobody but
 the server knowing how it fell, a round costs what a Poisson-sampled Gaussian costs (Abadi et al.
@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from aggregation.client_dp import CentralPiece, ClientDp, ClientDpFtrl
 from aggregation.errors import RecipeError
+from aggregation.secure_pieces import SecureClientDdp
 from privacy.budget import (
     Accountant,
     BudgetError,
@@ -36,7 +38,9 @@ from privacy.budget import (
     check_delta,
     check_epsilon,
 )
-from privacy.events import MECHANISMS, CohortEvent
+from privacy.central_checks import check_mechanism
+from privacy.events import CohortEvent
+from privacy.noise_shares import counted_multiplier
 from privacy.tree_noise import sensitivity
 
 SAMPLINGS = ("fixed", "poisson")
@@ -60,7 +64,8 @@ class CentralPrivacy:
             for a fixed clip.
         clip_rate: how fast it follows.
         count_noise: see :class:`aggregation.client_dp.ClientDp`.
-        mechanism: ``gaussian``, or ``tree`` (DP-FTRL), for cohorts that nobody draws.
+        mechanism: ``gaussian``; ``tree`` (DP-FTRL), for cohorts that nobody draws; or
+            ``distributed``: noise in shares that the clients add before a secure sum.
         separation: of ``tree``: a client takes part at most once in so many consecutive rounds.
         participations: of ``tree``: most rounds of a tree in which a client takes part; None for as
             many as the separation has room for.
@@ -110,48 +115,11 @@ class CentralPrivacy:
         if not 0 < self.fraction <= 1:
             raise BudgetError(f"fraction={self.fraction} must be above 0 and at most 1")
         object.__setattr__(self, "accountant", check_accountant(self.accountant))
-        self._check_mechanism()
+        check_mechanism(self)
         try:
             self._piece(self.noise_multiplier or 1.0)
         except RecipeError as error:
             raise BudgetError(f"client privacy: {error}") from None
-
-    def _check_mechanism(self) -> None:
-        if self.mechanism not in MECHANISMS:
-            raise BudgetError(
-                f"client privacy: mechanism={self.mechanism!r} is not {' or '.join(MECHANISMS)}"
-            )
-        of_trees = {
-            "separation": self.separation != 1,
-            "participations": self.participations is not None,
-            "restart": self.restart != 0,
-        }
-        if self.mechanism == "gaussian":
-            for name, given in of_trees.items():
-                if given:
-                    raise BudgetError(
-                        f"client privacy: {name} means nothing to mechanism='gaussian', which "
-                        "counts every round; leave it out, or choose mechanism='tree'"
-                    )
-            return
-        if self.sampling == "poisson":
-            raise BudgetError(
-                "client privacy: mechanism='tree' relies on rounds between two participations of a "
-                "client, which sampling='poisson' leaves to chance; choose sampling='fixed', or "
-                "mechanism='gaussian', which earns amplification by it"
-            )
-        if self.quantile is not None:
-            raise BudgetError(
-                "client privacy: mechanism='tree' takes noise back in later rounds, for which the "
-                "clip has to stay: leave quantile out, or choose mechanism='gaussian'"
-            )
-        if self.cohort * self.separation > self.clients:
-            raise BudgetError(
-                f"client privacy: with separation={self.separation}, {self.separation} rounds in a "
-                f"row need other clients each, {self.cohort:.0f} a round of {self.clients} in all: "
-                f"choose a separation of {max(1, int(self.clients / self.cohort))}, or a fraction "
-                f"of {1 / self.separation:.3g} or less"
-            )
 
     @property
     def cohort(self) -> float:
@@ -179,7 +147,7 @@ class CentralPrivacy:
     @property
     def sensitivity(self) -> float:
         """How far one client moves what is released once, over the clip: 1, or that of a tree."""
-        if self.mechanism == "gaussian":
+        if self.mechanism != "tree":
             return 1.0
         return sensitivity(
             rounds=self.tree_rounds,
@@ -189,7 +157,7 @@ class CentralPrivacy:
 
     def spends(self, rounds: int) -> int:
         """How often a run of so many rounds spends: in each one, or once for each tree."""
-        return rounds if self.mechanism == "gaussian" else math.ceil(rounds / self.tree_rounds)
+        return math.ceil(rounds / self.tree_rounds) if self.mechanism == "tree" else rounds
 
     def noise(self) -> float:
         """The noise multiplier, calibrated to epsilon if it was not given.
@@ -206,9 +174,15 @@ class CentralPrivacy:
             self.epsilon, self.delta, self.sample_rate, self.spends(self.rounds), self.accountant
         )
         noise = least * self.sensitivity
-        while noise / self.sensitivity < least:  # rounding must not take anything off it
+        while self._counted(noise) < least:  # rounding must not take anything off it
             noise = math.nextafter(noise, math.inf)
         return noise
+
+    def _counted(self, noise: float) -> float:
+        """The noise multiplier of the Gaussian that costs as much."""
+        if self.mechanism == "distributed":
+            return counted_multiplier(noise)
+        return noise / self.sensitivity
 
     def calibrated(self) -> CentralPrivacy:
         """The same with the noise that it comes to.
@@ -233,7 +207,7 @@ class CentralPrivacy:
     def event(self, steps: int = 1) -> CohortEvent:
         """What a round spends; of ``tree`` with 0 steps what a further round of a tree does."""
         return CohortEvent(
-            noise_multiplier=self.noise() / self.sensitivity,
+            noise_multiplier=self._counted(self.noise()),
             sample_rate=self.sample_rate,
             steps=steps,
             clip=self.clip,
@@ -253,7 +227,7 @@ class CentralPrivacy:
         from privacy.planning import rounds_left
 
         fit = rounds_left([], self.event(), epsilon, self.delta, self.accountant)
-        return fit if self.mechanism == "gaussian" else fit * self.tree_rounds
+        return fit * self.tree_rounds if self.mechanism == "tree" else fit
 
     def budget(self) -> PrivacyBudget | None:
         """What the server's ledger may reach, or None if only the noise is prescribed."""
@@ -270,7 +244,8 @@ class CentralPrivacy:
         return self._piece(self.noise())
 
     def _piece(self, noise: float) -> CentralPiece:
-        common = {"clip": self.clip, "noise_multiplier": noise, "cohort": self.cohort}
+        common: dict[str, Any] = {"clip": self.clip, "cohort": self.cohort}
+        common["noise_multiplier"] = noise
         if self.mechanism == "gaussian":
             return ClientDp(
                 **common,
@@ -278,6 +253,8 @@ class CentralPrivacy:
                 clip_rate=self.clip_rate,
                 count_noise=self.count_noise,
             )
+        if self.mechanism == "distributed":
+            return SecureClientDdp(**common)
         return ClientDpFtrl(
             **common,
             separation=self.separation,

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 EDITED, BAD_INPUT = 1, 2
 
@@ -49,6 +46,13 @@ class UnitName(StrEnum):
 
     EXAMPLE = "example"
     CLIENT = "client"
+
+
+class NoiseName(StrEnum):
+    """Who adds the noise on the sum of clients' updates."""
+
+    GAUSSIAN = "gaussian"
+    DISTRIBUTED = "distributed"
 
 
 AsFormat = Annotated[Format, typer.Option("--format", help="Table for people, JSON for programs.")]
@@ -86,6 +90,14 @@ def plan(
     unit: Annotated[
         UnitName, typer.Option(help="What is protected; of client, read clients for examples.")
     ] = UnitName.EXAMPLE,
+    mechanism: Annotated[
+        NoiseName, typer.Option(help="Of a client's unit; distributed: clients add the noise.")
+    ] = NoiseName.GAUSSIAN,
+    clients: Annotated[
+        int | None, typer.Option(help="That a round asks; with --mechanism distributed.")
+    ] = None,
+    dropouts: Annotated[float, typer.Option(help="Share of them that may drop out.")] = 0.3,
+    corrupt: Annotated[float, typer.Option(help="Share that may help the server.")] = 0.1,
     accountant: ByAccountant = AccountantName.RDP,
     format: AsFormat = Format.TABLE,  # noqa: A002 - the name of the option
 ) -> None:
@@ -105,14 +117,21 @@ def plan(
       airpeft privacy plan --epsilon 8 --noise-multiplier 1 --sample-rate 0.1 --steps 9 --delta 1e-5
 
       airpeft privacy plan --unit client --epsilon 4 --sample-rate 0.05 --rounds 100 --delta 1e-4
+
+      airpeft privacy plan --unit client --mechanism distributed --clients 50 --sample-rate 1
+      --epsilon 8 --rounds 10 --delta 1e-3
     """
     with _plain_errors("plan"):
         from privacy.budget import Accountant, BudgetError, Unit
         from privacy.cli_text import plan_document, plan_lines
+        from privacy.plan_shares import Shares
         from privacy.planning import Plan, by_accountant
 
         if steps is None and unit is UnitName.EXAMPLE:
             raise BudgetError("--steps is missing: the steps of training, of each round")
+        shared = mechanism is NoiseName.DISTRIBUTED
+        if (clients is None) is shared:
+            raise BudgetError("--clients and --mechanism distributed go together: give both")
         asked = Plan(
             sample_rate=sample_rate,
             steps=1 if steps is None else steps,
@@ -123,6 +142,9 @@ def plan(
             examples=examples,
             accountant=Accountant(accountant.value),
             unit=Unit(unit.value),
+            shares=Shares(clients=clients or 0, dropouts=dropouts, corrupt=corrupt)
+            if shared
+            else None,
         )
         answer = asked.answer()
         beside = {

@@ -36,6 +36,7 @@ def plan_document(plan: Plan, answer: Answer, beside: Mapping[str, float | None]
         "examples": plan.examples,
         "accountant": plan.accountant.value,
         "unit": plan.unit.value,
+        **({"shares": plan.shares.document(answer.noise_multiplier)} if plan.shares else {}),
     }
 
 
@@ -53,10 +54,13 @@ def plan_lines(plan: Plan, answer: Answer, beside: Mapping[str, float | None]) -
     else:
         yield (f"epsilon           {answer.epsilon:.4f} at delta {plan.delta:g}")
     yield (f"noise multiplier  {answer.noise_multiplier:g}")
+    if plan.shares:
+        yield from plan.shares.lines(answer.noise_multiplier)
     split = f" ({plan.rounds} rounds of {plan.steps})" if plan.rounds > 1 else ""
     of_what = "rows" if plan.unit.value == "example" else "clients"
     yield (f"steps             {total}{split}, each with {plan.sample_rate:.3%} of the {of_what}")
-    yield (f"accountant        {plan.accountant.value}, for one {plan.unit.value} added or removed")
+    neighbours = "'s updates, or zeros in their place" if plan.shares else " added or removed"
+    yield (f"accountant        {plan.accountant.value}, for one {plan.unit.value}{neighbours}")
     others = [
         f"{name} {value:.4f}"
         for name, value in beside.items()

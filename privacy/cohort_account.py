@@ -12,7 +12,7 @@ round that was released was counted. A round that is repeated after a crash with
 gets the same noise, bit for bit, and costs nothing more; with other updates (somebody did not
 answer this time, a checkpoint was put back) it gets fresh noise and is counted again, since the
 first result may have been seen. A tree whose round comes out otherwise than it did ends, and a new
-one begins.
+one begins. Where the clients add the noise, every unmasking is counted, before it is done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from aggregation.clipped_sum import Normals
 from privacy import calibration, tree_noise
-from privacy.budget import BudgetExceeded
+from privacy.budget import BudgetError, BudgetExceeded
 from privacy.central import CentralPrivacy
 from privacy.events import CohortEvent
 from privacy.ledger import Entry, Ledger
@@ -112,6 +112,8 @@ class CohortAccount:
             delta=self.central.delta,
             inputs=inputs,
         )
+        if self.central.mechanism == "distributed":
+            return _added_by_the_clients
         if self.central.mechanism == "gaussian":
             return _Streams(derive(self._key, "round", number, inputs))
         first, named = tree or (number, inputs)
@@ -166,6 +168,11 @@ class _Tree:
 
     def __call__(self, name: str, count: int) -> Floats:
         return tree_noise.increment(self.number, self.nodes, count)
+
+
+def _added_by_the_clients(name: str, count: int) -> Floats:
+    """No noise is to be had here: it is in the sum already."""
+    raise BudgetError("the clients have added the noise of this sum; the server adds none")
 
 
 def _event(row: Entry) -> CohortEvent:

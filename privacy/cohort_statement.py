@@ -23,7 +23,7 @@ from typing import Any
 from privacy import calibration
 from privacy.central import CentralPrivacy
 from privacy.events import CohortEvent
-from privacy.wording import odds
+from privacy.wording import odds, span
 
 NOT_COVERED = (
     "the server itself, and whoever reads its memory, its disk or the clients' connections to it",
@@ -37,12 +37,27 @@ NOT_COVERED = (
 )
 
 
+NOT_COVERED_BY_SHARES = (
+    "which clients took part in which round, how many, and that a round was given up",
+    "more clients in league with the server, or fewer in a sum, than is counted on: with h of them "
+    "left the noise is smaller by the square root of the share that h is",
+    *NOT_COVERED[2:],
+)
+_NAMES = {
+    "gaussian": "DP-FedAvg",
+    "tree": "DP-FTRL, noise on partial sums of rounds",
+    "distributed": "DP-FedAvg with distributed discrete Gaussian noise, which the clients add in "
+    "shares before a secure sum",
+}
+
+
 def section(
     central: CentralPrivacy,
     events: Sequence[CohortEvent],
     *,
     rounds: int,
     randomness: str,
+    shares: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The part ``client`` of a privacy statement.
 
@@ -51,6 +66,7 @@ def section(
         events: what was spent on this adapter's line of training, from the server's ledger.
         rounds: how many were trained.
         randomness: where the noise and the cohorts came from, in words.
+        shares: of noise that clients add: what :func:`privacy.secure_statement.shares` found.
 
     Returns:
         plain values that JSON can hold.
@@ -58,7 +74,7 @@ def section(
     spent = calibration.epsilon(events, central.delta, central.accountant)
     tree = central.mechanism == "tree"
     mechanism: dict[str, Any] = {
-        "name": "DP-FTRL, noise on partial sums of rounds" if tree else "DP-FedAvg",
+        "name": _NAMES[central.mechanism],
         "clip": "all that a client transmits in a round, as one vector, Euclidean norm",
         "max_norm": central.clip,
         "quantile": central.quantile,
@@ -75,7 +91,7 @@ def section(
             "separation": central.separation,
             "participations": central.most_participations,
         }
-    return {
+    found = {
         "unit": "client",
         "neighbours": _neighbours(central),
         "epsilon": spent if math.isfinite(spent) else None,
@@ -93,6 +109,28 @@ def section(
         "not_covered": list(NOT_COVERED),
         "limits": "noise is made in floating point, as sums of four, rounded to a grid of 2^-40 of "
         "the clip, and added to whole numbers",
+    }
+    return found | _of_shares(shares or {}) if central.mechanism == "distributed" else found
+
+
+def _of_shares(shares: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said otherwise where the clients add the noise.
+
+    Args:
+        shares: ``least`` and ``honest`` clients, each as a range over the rounds; empty if there
+            was no round yet.
+    """
+    least, honest = span(shares.get("least", [0, 0])), span(shares.get("honest", [0, 0]))
+    return {
+        "shares": dict(shares),
+        "protects_against": "the server, which sees no sum without noise, the other clients, and "
+        "everyone who gets the adapters of all rounds",
+        "trusted": f"{honest} of the {least} or more clients in each sum, to clip their update, to "
+        "add their share of the noise and to tell it to nobody; not the server, as long as it asks "
+        "for this noise (a device can insist on it) and the secure sum holds",
+        "not_covered": list(NOT_COVERED_BY_SHARES),
+        "limits": "noise is whole numbers, sampled exactly (discrete Gaussian); a sum beyond ten "
+        "standard deviations of it wraps around, once in 10^13 rounds",
     }
 
 
@@ -119,6 +157,11 @@ def _sampling(central: CentralPrivacy) -> dict[str, Any]:
 
 
 def _neighbours(central: CentralPrivacy) -> str:
+    if central.mechanism == "distributed":
+        return (
+            "one client's updates in the sums, or zeros in their place; that it takes part, and "
+            "adds its noise, is not hidden"
+        )
     if central.sampling == "poisson" or central.fraction == 1.0:
         return "one client added or removed, with everything that it has"
     return "one client's updates in the sums, or nothing in their place"
@@ -141,6 +184,9 @@ def sentences(client: Mapping[str, Any]) -> list[str]:
         if mechanism["quantile"] is not None
         else ""
     )
+    shared = "shares" in client
+    seen = "sums and adapters" if shared else "adapters"
+    told = "contributed anything" if shared else "took part at all"
     counted = (
         "the accounting assumes just that"
         if sampling["assumed"] == sampling["done"]
@@ -148,11 +194,11 @@ def sentences(client: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"One client: epsilon {math.ceil(100 * epsilon) / 100:.2f} at delta {delta}.",
-        "What it means: whoever sees the adapters of all rounds can change their odds on whether "
-        f"one given client took part at all by a factor of at most {odds(epsilon)}, except with a "
+        f"What it means: whoever sees the {seen} of all rounds can change their odds on whether "
+        f"one given client {told} by a factor of at most {odds(epsilon)}, except with a "
         f"probability of about {delta}. Each single example of a client is covered with it.",
         f"It protects against {client['protects_against']}. Who has to be trusted: "
-        f"{client['trusted']}, and keeps to itself who takes part when.",
+        f"{client['trusted']}{'' if shared else ', and keeps to itself who takes part when'}.",
         f"How: {mechanism['name']}. What a client sends in a round is limited to length "
         f"{mechanism['max_norm']:g}{moving}, and noise of {mechanism['noise_multiplier']:.3g} "
         f"times that is added to the sum, which is divided by {mechanism['divisor']:g}, whoever "
@@ -160,6 +206,6 @@ def sentences(client: Mapping[str, Any]) -> list[str]:
         f"Who takes part: {sampling['done']}; {counted}.",
         f"Neighbouring sets of clients: {client['neighbours']}. Counted by "
         f"{accountant['name'].upper()} ({accountant['library']}).",
-        f"Randomness at the server: {mechanism['randomness']}.",
+        f"Randomness {'of the clients' if shared else 'at the server'}: {mechanism['randomness']}.",
         "Not covered for clients: " + "; ".join(client["not_covered"]) + ".",
     ]

@@ -18,7 +18,7 @@ from privacy.budget import BudgetError, Unit
 
 KIND = "poisson-gaussian-sgd"
 COHORT_KIND = "gaussian-cohort"
-MECHANISMS = ("gaussian", "tree")
+MECHANISMS = ("gaussian", "tree", "distributed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +82,14 @@ class CohortEvent:
 
     Attributes:
         noise_multiplier: above 0: standard deviation over sensitivity. Of ``tree`` it is that of
-            the whole tree, in all the rounds that a client may take part in.
+            the whole tree, in all the rounds that a client may take part in; of ``distributed``
+            that of the Gaussian that costs as much as the shares that are counted on.
         sample_rate: probability with which each client is drawn on its own; 1 where cohorts are
             drawn in any other way.
         steps: 1, or 0 for a further round of a tree that was counted with its first one.
         clip: Euclidean norm to which an update is clipped; above 0.
-        mechanism: ``gaussian``, every round on its own, or ``tree``.
+        mechanism: ``gaussian``, every round on its own; ``tree``; or ``distributed``, noise in
+            shares that the clients add, every round on its own.
 
     Raises:
         BudgetError: if a value is out of its bounds.
@@ -107,8 +109,11 @@ class CohortEvent:
         least = 0 if self.mechanism == "tree" else 1
         if type(self.steps) is not int or self.steps < least:
             raise BudgetError(f"steps={self.steps!r} must be a whole number of at least {least}")
-        if self.mechanism == "tree" and self.sample_rate != 1:
-            raise BudgetError(f"sample_rate={self.sample_rate} must be 1: a tree earns nothing")
+        if self.mechanism != "gaussian" and self.sample_rate != 1:
+            raise BudgetError(
+                f"sample_rate={self.sample_rate} must be 1: mechanism={self.mechanism!r} earns "
+                "nothing by sampling"
+            )
         if not (math.isfinite(self.clip) and self.clip > 0):
             raise BudgetError(f"clip={self.clip} must be above 0")
 

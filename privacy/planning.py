@@ -19,6 +19,8 @@ from privacy.budget import Accountant, BudgetError, Unit
 from privacy.calibration import epsilon as epsilon_of
 from privacy.calibration import noise_multiplier as noise_for
 from privacy.events import Event, SgdEvent
+from privacy.noise_shares import counted_multiplier
+from privacy.plan_shares import Shares
 
 # Looking further ahead would answer a question that nobody has.
 MOST_ROUNDS = 100_000
@@ -66,6 +68,7 @@ class Plan:
         accountant: how steps are composed.
         unit: what is protected; where it is a client, read clients for examples, and rounds for
             steps.
+        shares: the cohort, if its clients add the noise; the unit is then a client.
 
     Raises:
         BudgetError: naming the option of ``airpeft privacy plan`` that is out of bounds.
@@ -80,6 +83,7 @@ class Plan:
     examples: int | None = None
     accountant: Accountant = Accountant.RDP
     unit: Unit = Unit.EXAMPLE
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
@@ -114,12 +118,25 @@ class Plan:
                 "for: leave --noise-multiplier out, and the noise that meets it is printed"
             )
 
+        if self.shares is not None:
+            self._check_shares()
+
+    def _check_shares(self) -> None:
+        if self.unit is not Unit.CLIENT or self.sample_rate != 1:
+            raise BudgetError(
+                "--mechanism distributed protects whole clients, and from the server that draws "
+                "them: give --unit client and --sample-rate 1"
+            )
+        if self.accountant is not Accountant.RDP:
+            raise BudgetError("--mechanism distributed is counted by Renyi: use --accountant rdp")
+
     def event(self, rounds: int = 1) -> SgdEvent:
         """Some rounds; the noise must have been given."""
         if self.noise_multiplier is None:
             raise BudgetError("the noise is not known yet: ask answer()")
+        noise = self.noise_multiplier
         return SgdEvent(
-            noise_multiplier=self.noise_multiplier,
+            noise_multiplier=counted_multiplier(noise) if self.shares and noise else noise,
             sample_rate=self.sample_rate,
             steps=self.steps * rounds,
             max_grad_norm=1.0,  # epsilon depends on the noise relative to it only
@@ -152,7 +169,7 @@ class Plan:
             None if self.epsilon is None else rounds_left([], event, self.epsilon, self.delta, by)
         )
         return Answer(
-            noise_multiplier=event.noise_multiplier,
+            noise_multiplier=self.noise_multiplier or 0.0,
             epsilon=spent[-1][1],
             by_round=spent,
             rounds_within=within,
@@ -171,7 +188,7 @@ def by_accountant(plan: Plan, sigma: float) -> dict[Accountant, float | None]:
     """
     event = replace(plan, noise_multiplier=sigma, epsilon=None).event(plan.rounds)
     found: dict[Accountant, float | None] = {}
-    for accountant in Accountant:
+    for accountant in [plan.accountant] if plan.shares else Accountant:
         try:
             check_accountant([event], plan.delta, accountant)
             found[accountant] = epsilon_of([event], plan.delta, accountant)

@@ -99,10 +99,13 @@ class Stream:
             raise ValueError(f"a key has {KEY_BYTES} bytes, got {len(key)}")
         self._cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
 
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """``count`` whole numbers of 64 random bits each."""
+        return np.frombuffer(self._cipher.update(bytes(8 * count)), "<u8")
+
     def uniform(self, count: int) -> Floats:
         """``count`` numbers, uniform in [0, 1), with 53 random bits each."""
-        raw = self._cipher.update(bytes(8 * count))
-        bits = np.frombuffer(raw, "<u8") >> np.uint64(11)
+        bits = self.words(count) >> np.uint64(11)
         return bits.astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> Floats:

@@ -64,6 +64,16 @@ def section(
     }
 
 
+def shares(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of noise that clients added: the ``least`` in a sum and the ``honest`` of them, as ranges.
+
+    Args:
+        rounds: as for :func:`section`.
+    """
+    noised = [said for said in rounds if "honest" in said]
+    return {key: _range(said[key] for said in noised) for key in ("least", "honest")}
+
+
 def sentences(doc: Mapping[str, Any]) -> list[str]:
     """The same for people.
 

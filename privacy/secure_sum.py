@@ -32,6 +32,7 @@ has made up; members that never answer, which end the sum (that is denial, not d
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -117,6 +118,22 @@ class SecureServer:
             )
         np.add(self._total, values, out=self._total)
         self._survivors = (*self._survivors, message.member)
+
+    def fingerprint(self, *, seeded: bool = False) -> str:
+        """Hex SHA-256 of what is about to be unmasked: of the masked sum, and whose it is.
+
+        No two sums have the same, since masks are drawn anew for each.
+
+        Args:
+            seeded: whether everything of the members, their noise included, derives from a seed, as
+                in simulations: a sum of the same members is then the same sum, and has the same
+                fingerprint, since the masks are left out of it.
+        """
+        whose = "\0".join(sorted(self._survivors)).encode()
+        digest = hashlib.sha256(self.session.digest + hashlib.sha256(whose).digest())
+        if not seeded:
+            digest.update(self._total.astype("<u4", copy=False).tobytes())
+        return digest.hexdigest()
 
     def survivors(self) -> tuple[str, ...]:
         """After step 2: those whose vector is in the sum.

@@ -72,7 +72,7 @@ def statement(
         promised at that level. Numbers of single clients are not in it.
     """
     part = None if client is None else dict(client)
-    if part is not None and secure_sum is not None:
+    if part is not None and secure_sum is not None and "shares" not in part:
         part |= {"trusted": secure_statement.TRUSTED}
     doc: dict[str, Any] = {"schema": SCHEMA, "example": None, "client": part}
     if secure_sum is not None:

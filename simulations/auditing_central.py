@@ -15,7 +15,9 @@ import numpy as np
 
 from aggregation.adapter import Adapter
 from aggregation.assignment import Assignment
+from aggregation.clipped_sum import ClippedSum, VectorSum
 from aggregation.parcel_keys import sent_keys, sizes
+from aggregation.reducing import Accumulator
 from aggregation.state import initial_state
 from privacy import audit_central
 from privacy.audit import Audit, AuditError
@@ -42,7 +44,7 @@ class CentralSubject:
         assignment: which of its tensors clients send.
 
     Raises:
-        AuditError: if later rounds take noise back: what a round tells is then no single step.
+        AuditError: if the mechanism is not ``gaussian``.
     """
 
     central: CentralPrivacy
@@ -50,10 +52,14 @@ class CentralSubject:
     assignment: Assignment = field(default_factory=Assignment)
 
     def __post_init__(self) -> None:
+        why = {
+            "tree": "takes noise back in later rounds, and this audit reads every round by itself",
+            "distributed": "has its noise added by the clients, and this audit adds the server's",
+        }
         if self.central.mechanism != "gaussian":
             raise AuditError(
-                f"mechanism={self.central.mechanism!r} takes noise back in later rounds, and this "
-                "audit reads every round by itself: audit mechanism='gaussian'"
+                f"mechanism={self.central.mechanism!r} {why[self.central.mechanism]}: audit "
+                "mechanism='gaussian'"
             )
 
     @property
@@ -90,10 +96,8 @@ class CentralSubject:
                 )
                 audit_central.audit(
                     audit_central.NoisySums(
-                        lambda number: (
-                            piece.open(
-                                replace(state, round=number - 1), self.assignment, account
-                            ).vectors
+                        lambda number: _vectors(
+                            piece.open(replace(state, round=number - 1), self.assignment, account)
                         )
                     ),
                     canaries,
@@ -114,3 +118,8 @@ class CentralSubject:
                 yield long * stream.normal(self.parameters)
 
         return of_round
+
+
+def _vectors(opened: Accumulator) -> VectorSum:
+    assert isinstance(opened, ClippedSum)  # noqa: S101 - of the only mechanism that is audited
+    return opened.vectors

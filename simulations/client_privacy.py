@@ -24,7 +24,8 @@ class ClientPrivacy(Section):
         count_noise: noise on the number of updates within the clip; by default what fits the
             cohort.
         mechanism: ``gaussian``, which earns amplification where federation.sampling is
-            ``poisson``; or ``tree`` (DP-FTRL) for cohorts that nobody draws.
+            ``poisson``; ``tree`` (DP-FTRL) for cohorts that nobody draws; or ``distributed``:
+            noise in shares that the clients add before a secure sum (``private = "secure-sum"``).
         separation: of ``tree``: a client takes part at most once in so many consecutive rounds.
         participations: of ``tree``: most rounds of a tree in which a client takes part.
         restart: of ``tree``: rounds of a tree; 0 for one over the whole run.
@@ -38,7 +39,7 @@ class ClientPrivacy(Section):
     quantile: Annotated[float, Field(ge=0.01, le=0.99)] | None = None
     clip_rate: Annotated[float, Field(gt=0, le=10)] = 0.2
     count_noise: Annotated[float, Field(gt=0, le=1e5)] | None = None
-    mechanism: Literal["gaussian", "tree"] = "gaussian"
+    mechanism: Literal["gaussian", "tree", "distributed"] = "gaussian"
     separation: Annotated[int, Field(ge=1, le=100_000)] = 1
     participations: Annotated[int, Field(ge=1, le=100_000)] | None = None
     restart: Annotated[int, Field(ge=0, le=100_000)] = 0

@@ -123,6 +123,7 @@ def rounds(
         clients=scenario.partition.clients,
         min_updates=federation.min_updates,
         deadline_seconds=federation.deadline_seconds,
+        step_share=federation.step_share,
         seed=scenario.seed,
         data_folder=str(data_folder),
         ranks=scenario.ranks,

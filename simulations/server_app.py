@@ -116,12 +116,14 @@ def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dic
             events.setdefault(client, []).append(SgdEvent.from_mapping(event))
     last, promised = rounds[-1].number, run.config.client_privacy
     part = None
+    sums = [record.secure for record in rounds]
     if promised is not None:
         spent = records.client_events(rounds, last)
-        part = section(promised, spent, rounds=last, randomness=folder.SIMULATED)
+        noise = secure_statement.shares(sums)
+        part = section(promised, spent, rounds=last, randomness=folder.SIMULATED, shares=noise)
     private = run.config.chosen().private
     hidden = secure_statement.section(
-        [record.secure for record in rounds],
+        sums,
         bits=getattr(private, "bits", 0),
         identities=secure_statement.SIMULATED,
     )

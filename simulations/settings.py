@@ -234,13 +234,21 @@ class Federation(Section):
         fraction: share of the clients that is drawn.
         min_updates: a round with fewer usable updates changes nothing.
         deadline_seconds: clients that are later are left out of the round.
+        step_share: each step of a secure sum waits for at most this share of the deadline, and
+            goes on with those who have answered.
         trusted: the client whose data are known to be good, by number or name, for a recipe that
             compares the others with it (``fltrust``); it takes part in every round.
         buffer: how many updates make a step, for a recipe without rounds (``fedbuff``).
         max_staleness: updates that started more steps ago are refused, for the same recipe.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("pieces", "trusted", "buffer", "max_staleness")
+    later: ClassVar[tuple[str, ...]] = (
+        "pieces",
+        "trusted",
+        "buffer",
+        "max_staleness",
+        "step_share",
+    )
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
     recipe: Text = DEFAULT
     pieces: dict[Text, Text] = Field(default_factory=dict)
@@ -248,6 +256,7 @@ class Federation(Section):
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_updates: Annotated[int, Field(ge=1)] = 1
     deadline_seconds: Annotated[float, Field(gt=0, le=7 * 86400)] = 600.0
+    step_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     trusted: Annotated[int, Field(ge=0)] | Text | None = None
     buffer: Annotated[int, Field(ge=1, le=100_000)] | None = None
     max_staleness: Annotated[int, Field(ge=0, le=100_000)] | None = None

@@ -213,5 +213,8 @@ def test_a_ring_travels_as_plain_values() -> None:
     ring = ring_of(recipe("fed-plora", {"private": "secure-sum"}), 9)
     assert Ring.from_mapping(ring.to_mapping()) == ring
     assert ring.by_index
+    assert "noise" not in ring.to_mapping()
+    noised = Ring(1.01, 9, equal=True, norm=1.0, noise=0.5, least=6, honest=5)
+    assert Ring.from_mapping(noised.to_mapping()) == noised
     with pytest.raises(SecretError, match="fields"):
         Ring.from_mapping({**ring.to_mapping(), "bits": 32.0})

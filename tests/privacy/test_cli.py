@@ -468,3 +468,32 @@ def test_plan_and_ledger_of_whole_clients(tmp_path: Path) -> None:
     assert code == 0
     assert "for one client added or removed" in shown
     assert data_of("ledger", "ledger", str(ledger.path))["unit"] == "client"
+
+
+def test_a_plan_of_noise_in_shares_says_who_adds_how_much() -> None:
+    shape = ["--unit", "client", "--sample-rate", "1", "--rounds", "3", "--delta", "1e-3"]
+    shared = [*shape, "--mechanism", "distributed"]
+    found = data_of("plan", "plan", *shared, "--clients", "50", "--epsilon", "8")
+    assert found["epsilon"] <= 8.0 < found["epsilon"] + 0.01
+    shares, noise = found["shares"], found["noise_multiplier"]
+    assert (shares["least_in_a_sum"], shares["counted_on"]) == (35, 30)
+    assert shares["noise_of_one"] == pytest.approx(noise / 30**0.5)
+    assert shares["noise_of_all"] == pytest.approx(noise * (50 / 30) ** 0.5)
+    plain = data_of("plan", "plan", *shape, "--noise-multiplier", str(noise))
+    assert found["epsilon"] == pytest.approx(plain["epsilon"], rel=1e-9)
+    assert found["epsilon_by_accountant"].keys() == {"rdp"}
+    told = invoke("plan", *shared, "--clients", "12", "--noise-multiplier", "0.9")[1]
+    assert "each client adds  0.3674" in told
+    assert "6 of 12 clients" in told
+    assert "zeros in their place" in told
+    for more, said in (
+        ([], "go together"),
+        (["--clients", "2"], "so few"),
+        (["--clients", "9", "--dropouts", "0.5"], "--dropouts 0.5"),
+        (["--clients", "9", "--accountant", "pld"], "--accountant rdp"),
+        (["--clients", "9", "--sample-rate", "0.5"], "--sample-rate 1"),
+    ):
+        code, _, errors = invoke("plan", *shared, "--epsilon", "8", *more)
+        assert code == 2
+        assert said in errors
+    assert "go together" in invoke("plan", *shape, "--epsilon", "8", "--clients", "0")[2]

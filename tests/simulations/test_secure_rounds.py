@@ -110,6 +110,28 @@ def test_the_server_noises_a_sum_that_hides_the_updates(world: Path, tmp_path: P
     assert "sees the sum" in result.privacy["client"]["trusted"]
 
 
+def test_the_clients_noise_a_sum_and_the_statement_says_against_whom(
+    world: Path, tmp_path: Path
+) -> None:
+    noise = ("client_privacy.mechanism=distributed", "client_privacy.delta=0.05")
+    scenario = world_scenario(world, *SECURE, *noise, "client_privacy.epsilon=6")
+    assert scenario.chosen().private.kind == "secure-client-ddp"
+    result = simulate(scenario, tmp_path / "run")
+    assert 5.9 < result.metrics[-1]["client_epsilon"] <= 6
+    assert result.metrics[-1]["secure_sum"]["honest"] == 1
+    said = json.loads((result.adapter_folder / "privacy.json").read_text())
+    client = said["client"]
+    assert client["epsilon"] == result.metrics[-1]["client_epsilon"]
+    assert "the server, which sees no sum without noise" in client["protects_against"]
+    assert client["shares"] == {"least": [2, 2], "honest": [1, 1]}
+    text = explain(said)
+    assert "1 of the 2 or more clients in each sum" in text
+    assert "zeros in their place" in text
+    assert "sampled exactly" in client["limits"]
+    spent = Ledger(tmp_path / "run" / "server-ledger.sqlite").table()
+    assert [entry.event.to_mapping()["mechanism"] for entry in spent] == ["distributed"] * 2
+
+
 def test_ray_is_refused_since_it_keeps_no_client_in_its_place(world: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="backend 'local'"):
         simulate(world_scenario(world, *SECURE), tmp_path / "run", backend="ray")

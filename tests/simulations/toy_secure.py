@@ -58,6 +58,7 @@ def secure_app(
     desk: SecureDesk | None = None,
     seen: dict[tuple[str, str, int], Mapping[str, bytes]] | None = None,
     trained: dict[str, Update] | None = None,
+    roster: str = "",
 ) -> ClientApp:
     """A ClientApp whose clients keep what they trained.
 
@@ -67,6 +68,7 @@ def secure_app(
         desk: where updates wait.
         seen: filled with what each client answered, by (client, step, part).
         trained: filled with each client's last update.
+        roster: of devices, to which the server names no folder; else that of the task's folder.
     """
     app = ClientApp()
     there = desk or SecureDesk(once=False)
@@ -77,7 +79,7 @@ def secure_app(
         return flower.client_name(int(context.node_config["partition-id"]))
 
     def identity_of(data_folder: str) -> SecureIdentity:
-        return SecureIdentity(roster=str(flower.client_roster(data_folder)), seed=11)
+        return SecureIdentity(roster=roster or str(flower.client_roster(data_folder)), seed=11)
 
     def ask(request: SecureRequest) -> dict[str, bytes] | None:
         try:
