@@ -134,6 +134,8 @@ class Train(Section):
         method: ``lora``, ``ia3``, ``prompt``, ``prefix`` or ``bottleneck``.
         virtual_tokens: of a prompt or prefix; they come on top of ``max_length``.
         bottleneck: units in the middle of a bottleneck.
+        physical_batch: at most so many rows go through the model at once; gradients of a larger
+            batch are accumulated. By default as many as are quickest.
     """
 
     later: ClassVar[tuple[str, ...]] = (
@@ -142,6 +144,7 @@ class Train(Section):
         "method",
         "virtual_tokens",
         "bottleneck",
+        "physical_batch",
     )
     rank: Rank = 8
     ranks: Annotated[tuple[Rank, ...], Field(strict=False, max_length=1000)] = ()
@@ -161,6 +164,7 @@ class Train(Section):
     method: Literal["lora", "ia3", "prompt", "prefix", "bottleneck"] = "lora"
     virtual_tokens: Annotated[int, Field(ge=1, le=256)] = 16
     bottleneck: Annotated[int, Field(ge=1, le=256)] = 16
+    physical_batch: Annotated[int, Field(ge=1, le=65536)] | None = None
 
     @model_validator(mode="before")
     @classmethod
