@@ -23,7 +23,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from clients.data import Examples
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from privacy.budget import LocalPrivacy
-from privacy.cohort_account import CohortAccount
+from privacy.cohort_account import EVERY_CLIENT, CohortAccount
 from privacy.errors import PrivacyError
 from privacy.ledger import Ledger
 from privacy.per_example import Mode
@@ -189,8 +190,6 @@ def prepare(scenario: Scenario, out: Path, ready: Draft | None = None) -> Run:
     out = out.resolve()
     ready = ready or draft(scenario)
     _claim(scenario, out)
-    for ledger in (LEDGER, SERVER_LEDGER):
-        _check_ledger(out / ledger)
     folder = out / PARTITIONS
     if not (folder / datasets.SUMMARY).is_file():
         datasets.materialise(folder, ready.dataset, ready.split)
@@ -199,6 +198,7 @@ def prepare(scenario: Scenario, out: Path, ready: Draft | None = None) -> Run:
     if getattr(config.chosen().private, "secure", False):
         from_scenario.write_roster(scenario, folder)
     found = Checkpoints(out / CHECKPOINTS, config.run).latest()
+    _check_ledgers(out, config.run, found[0] if found else [])
     return Run(
         scenario=scenario,
         out=out,
@@ -219,17 +219,44 @@ def done_rounds(run: Run) -> list[Round]:
     return found[0] if found else []
 
 
-def _check_ledger(path: Path) -> None:
+def _check_ledgers(out: Path, run: str, rounds: Sequence[Round]) -> None:
     """Refuse to go on where it is no longer known what was spent.
 
+    A ledger that was edited says so by itself; one that was emptied or taken away is missed because
+    it tells of less than the rounds that are done.
+    """
+    clients = Counter(name for record in rounds for name in record.privacy_events)
+    server = Counter({EVERY_CLIENT: sum(len(record.client_events) for record in rounds)})
+    for name, done in ((LEDGER, clients), (SERVER_LEDGER, server)):
+        path = out / name
+        found = _spent(path, run)
+        missing = sorted(who for who, times in done.items() if found[who] < times)
+        if missing:
+            who = missing[0]
+            raise RunError(
+                f"{path}: tells of {found[who]} events of {who} in run {run}, and {done[who]} are "
+                "in the rounds that are done: restore the ledger from a backup, with its -wal "
+                "file, or choose another folder and begin anew"
+            )
+
+
+def _spent(path: Path, run: str) -> Counter[str]:
+    """How often each client has spent something in a run, as a ledger has it.
+
     A file of no bytes is what a process leaves that was killed while it made the file.
+
+    Raises:
+        RunError: if the ledger was edited or is damaged.
     """
     if not path.exists() or not path.stat().st_size:
-        return
+        return Counter()
     try:
-        Ledger(path, read_only=True).close()
+        ledger = Ledger(path, read_only=True)
+        found = Counter(entry.client for entry in ledger.table() if entry.run == run)
+        ledger.close()
     except PrivacyError as error:
         raise RunError(str(error)) from error
+    return found
 
 
 def _claim(scenario: Scenario, out: Path) -> None:

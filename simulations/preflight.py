@@ -126,6 +126,8 @@ def _check_privacy(
     Delta is bounded by the largest number of rows, a batch by the smallest; and the smallest client
     needs the most noise.
     """
+    if not rows:
+        return
     for name in {max(rows, key=lambda n: rows[n]), min(rows, key=lambda n: rows[n])}:
         try:
             plan.event(rows[name], privacy, 1.0)
