@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from aggregation.init import initial_adapter
 from aggregation.recipes import RECIPES
@@ -13,12 +16,14 @@ from aggregation.train import Assignment
 from clients.attachments import attached
 from clients.base import BaseRef
 from clients.data import Examples
+from clients.faults import JobFailure
 from clients.gradients import planned_mode
 from clients.model import adapter_spec, attach, build
 from clients.trainer import ResidentTrainer
 from clients.training import Indices, PlanError, TrainingPlan
 from clients.trunk import Features
 from privacy.budget import LocalPrivacy
+from privacy.ledger import Ledger
 from privacy.per_example import HOOKS, LINEAR, choose
 from tests.clients.jobs import job, update
 from tests.device.tiny import LABELS
@@ -83,6 +88,26 @@ def test_a_batch_in_small_parts_makes_the_step_of_the_whole_batch(
         first, second = (adapter.tensors[key] - start for adapter in found)
         # Sums of floats in another order: some units of the last of 24 bits.
         assert np.abs(first - second).max() <= 1e-5 * np.abs(first).max(), key
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (nn.BatchNorm1d(4), "norm is a batch normalisation, which mixes .* group normalisation"),
+        (nn.Bilinear(2, 2, 2), "no gradient per example for Bilinear: adapt linear layers only"),
+    ],
+)
+def test_a_model_that_cannot_be_private_spends_nothing(
+    base: BaseRef, examples: Examples, tmp_path: Path, part: nn.Module, says: str
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    trainer = ResidentTrainer(base, ledger, threads=1)
+    one = job(base, examples, privacy=LocalPrivacy(noise_multiplier=1.0, delta=1e-3))
+    trainer._shelf.model(one.adapter.spec).add_module("norm", part)
+    (result,) = trainer.train([one])
+    assert isinstance(result, JobFailure)
+    assert re.search(says, result.detail)
+    assert ledger.head().count == 0
 
 
 def test_the_bound_is_a_whole_number_and_left_out_of_plans_without_one() -> None:
