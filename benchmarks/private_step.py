@@ -1,11 +1,11 @@
 """What privacy costs a step: ours, and stock Opacus, against the same step without privacy.
 
-Run: ``python benchmarks/private_step.py`` (two minutes; ``--repeats N`` for steadier figures).
+Run: ``python benchmarks/private_step.py`` (two minutes alone; ``--seconds N`` changes that).
 
-CPU seconds of one thread of one process, on the same batch of real sentences, the least of many
-steps: another process on the machine can only make a step dearer. The ways take turns, so that all
-of them meet the same machine. Each figure is that of a whole step: forward, backward, clipping,
-noise and the optimiser.
+CPU seconds of one thread of one process, on the same batch, the least of many steps: another
+process on the machine can only make a step dearer. The ways take turns, so that all of them meet
+the same machine. Each figure is that of a whole step: forward, backward, clipping, noise and the
+optimiser. Memory is what a step takes at its peak on top of what was resident before it (Linux).
 
 * ``non-private``: the mean of the losses is differentiated.
 * ``ours``: ``privacy.local`` in the mode that it chooses, which is printed with its reason.
@@ -14,18 +14,25 @@ noise and the optimiser.
 * ``Opacus ghost``: its fast gradient clipping: norms first, then a second backward pass.
 
 Our noise is ChaCha20's, Opacus' is torch's default generator: cheaper, and not cryptographic.
-There is no causal language model among our bases, so there is no row for one.
+
+SmolLM2-135M is a causal language model: LoRA of rank 8 on query and value of all 30 layers, the
+loss of an example is the mean over its 32 tokens. Its weights here are random, so that nothing has
+to be fetched: what a step computes, and so what it costs, is the same. ``--smollm2 FOLDER`` takes
+real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +40,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+from torch import Tensor
 
 from aggregation.init import initial_adapter
 from aggregation.train import Assignment
@@ -40,7 +48,7 @@ from clients import model as models
 from clients.attachments import attached
 from clients.base import find_base
 from clients.loop import LocalRound
-from clients.training import TrainingPlan, parts
+from clients.training import TrainingPlan
 from clients.trunk import CACHE_BYTES, TrunkCache
 from privacy.local import PrivateSgd
 from privacy.per_example import HOOKS, choose
@@ -48,61 +56,119 @@ from privacy.randomness import Stream, seeded_key
 from simulations.datasets import load
 
 PLAN = TrainingPlan(sample_rate=0.1, steps=5, learning_rate=5e-4, head_learning_rate=0.1)
-AIM = 1.15  # ours over non-private
 CLIP, SIGMA = 1.0, 0.9
 STEPS = 3  # of one way before the next has its turn; the first of them warms up
+SMOLLM2: dict[str, Any] = {  # its config.json
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One batch on one model.
+
+    Attributes:
+        model: with its adapter.
+        optimizer: makes one over what trains.
+        losses: for each part of the batch, the loss of each of its examples.
+        rows: examples in the batch.
+    """
+
+    model: Any
+    optimizer: Callable[[], torch.optim.Optimizer]
+    losses: Callable[[], Iterator[Tensor]]
+    rows: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """One batch on one model.
+    """One row of the table.
 
     Attributes:
         name: of the row.
-        layers: how many of the upper layers have an adapter.
-        rows: sentences in the batch.
-        trunk: whether the layers below are computed once and kept.
+        aim: ours over non-private, at most.
+        share: of the time.
+        prepare: makes the subject.
+        steps: of one way before the next has its turn.
     """
 
     name: str
-    layers: int
-    rows: int
-    trunk: bool
-
-
-WORKS = (
-    Work("demo's client", 1, 87, True),
-    Work("two layers", 2, 32, True),
-    Work("whole encoder", 6, 32, False),
-)
-Step = Callable[[], object]
+    aim: float
+    share: float
+    prepare: Callable[[], AbstractContextManager[Subject]]
+    steps: int = STEPS
 
 
 @contextmanager
-def prepared(work: Work) -> Iterator[LocalRound]:
+def minilm(layers: int, rows: int, *, trunk: bool) -> Iterator[Subject]:
+    """Our adapter on the upper layers of MiniLM, with real sentences.
+
+    Args:
+        layers: how many of the six have an adapter.
+        rows: sentences in the batch.
+        trunk: whether the layers below are computed once and kept, as clients do.
+    """
     base, texts = find_base("minilm"), load("sentiment").examples
     spec = models.adapter_spec(
-        base, texts.label_names, rank=8, alpha=16.0, layers=tuple(range(6 - work.layers, 6))
+        base, texts.label_names, rank=8, alpha=16.0, layers=tuple(range(6 - layers, 6))
     )
     model = models.attach(models.build(base, 2), spec)
-    cache = TrunkCache(
-        model.get_base_model(), models.tokenizer(base), CACHE_BYTES if work.trunk else 0
-    )
-    features = cache.features(
-        texts.texts[: work.rows], "batch", max_length=32, split=6 - work.layers
-    )
-    labels = torch.tensor(texts.labels[: work.rows])
+    cache = TrunkCache(model.get_base_model(), models.tokenizer(base), CACHE_BYTES * trunk)
+    features = cache.features(texts.texts[:rows], "batch", max_length=32, split=6 - layers)
+    labels = torch.tensor(texts.labels[:rows])
     with attached(model, initial_adapter(spec, 1), Assignment()) as attachment:
-        yield LocalRound(model, attachment, PLAN, features, labels, seeded_key(1))
+        run = LocalRound(model, attachment, PLAN, features, labels, seeded_key(1))
+        batch, bound = np.arange(rows), choose(model).rows_at_once
+        yield Subject(model, run._optimizer, lambda: run._losses(batch, rows=bound), rows)
 
 
+@contextmanager
+def smollm2(rows: int, tokens: int, folder: Path | None) -> Iterator[Subject]:
+    """LoRA on query and value of SmolLM2-135M, predicting the next token."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    if folder is None:
+        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2))
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base.float().requires_grad_(False), config)
+    ids = torch.randint(0, SMOLLM2["vocab_size"], (rows, tokens))
+
+    def losses() -> Iterator[Tensor]:
+        logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)  # (n, vocabulary, T - 1)
+        yield torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(dim=1)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    yield Subject(model, lambda: torch.optim.AdamW(trained, lr=1e-4), losses, rows)
+
+
+def works(folder: Path | None) -> tuple[Work, ...]:
+    return (
+        Work("MiniLM, 1 layer (demo)", 1.15, 0.15, lambda: minilm(1, 87, trunk=True)),
+        Work("MiniLM, 2 layers (default)", 1.15, 0.15, lambda: minilm(2, 32, trunk=True)),
+        Work("MiniLM, all 6 layers", 1.15, 0.2, lambda: minilm(6, 32, trunk=False)),
+        Work("SmolLM2-135M, query and value", 1.2, 0.5, lambda: smollm2(8, 32, folder), steps=2),
+    )
+
+
+@dataclass(frozen=True)
 class Ways:
     """The ways to make a step on one batch; each is a context that gives a function."""
 
-    def __init__(self, run: LocalRound) -> None:
-        self.run = run
-        self.batch = np.arange(len(run.labels))
-        self.model: Any = run.peft_model
+    subject: Subject
 
     def all(self) -> dict[str, Callable[[], AbstractContextManager[Step]]]:
         return {
@@ -114,11 +180,11 @@ class Ways:
         }
 
     def plain(self) -> AbstractContextManager[Step]:
-        optimizer = self.run._optimizer()
+        optimizer = self.subject.optimizer()
 
         def step() -> None:
-            for losses in self.run._losses(self.batch):
-                (losses.sum() / len(self.batch)).backward()
+            for losses in self.subject.losses():
+                (losses.sum() / self.subject.rows).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -127,21 +193,20 @@ class Ways:
     @contextmanager
     def ours(self, mode: str | None = None) -> Iterator[Step]:
         with PrivateSgd(
-            self.model,
-            self.run._optimizer(),
+            self.subject.model,
+            self.subject.optimizer(),
             max_grad_norm=CLIP,
             noise_multiplier=SIGMA,
-            expected_batch=float(len(self.batch)),
+            expected_batch=float(self.subject.rows),
             noise=Stream(seeded_key(2)),
             mode=mode,
         ) as private:
-            rows = private.mode.rows_at_once
-            yield lambda: private.step(self.run._losses(self.batch, rows=rows))
+            yield lambda: private.step(self.subject.losses())
 
     @contextmanager
     def hooks(self) -> Iterator[Step]:
-        optimizer = DPOptimizer(self.run._optimizer(), **self._settings())
-        with self._opacus(GradSampleHooks(self.model, loss_reduction="mean")):
+        optimizer = DPOptimizer(self.subject.optimizer(), **self._settings())
+        with self._opacus(GradSampleHooks(self.subject.model, loss_reduction="mean")):
 
             def step() -> None:
                 for losses in self._parts(optimizer):
@@ -153,9 +218,9 @@ class Ways:
 
     @contextmanager
     def ghost(self) -> Iterator[Step]:
-        optimizer = DPOptimizerFastGradientClipping(self.run._optimizer(), **self._settings())
+        optimizer = DPOptimizerFastGradientClipping(self.subject.optimizer(), **self._settings())
         hooks = GradSampleHooksFastGradientClipping(
-            self.model, loss_reduction="mean", max_grad_norm=CLIP
+            self.subject.model, loss_reduction="mean", max_grad_norm=CLIP
         )
         with self._opacus(hooks):
 
@@ -171,66 +236,108 @@ class Ways:
         return {
             "noise_multiplier": SIGMA,
             "max_grad_norm": CLIP,
-            "expected_batch_size": len(self.batch),
+            "expected_batch_size": self.subject.rows,
             "loss_reduction": "mean",
         }
 
-    def _parts(self, optimizer: Any) -> Iterator[torch.Tensor]:
+    def _parts(self, optimizer: Any) -> Iterator[Tensor]:
         """The same parts as ours, signalled to Opacus as its BatchMemoryManager does."""
-        count = len(parts(self.batch, self.run.features.tokens.lengths))
-        for number, losses in enumerate(self.run._losses(self.batch), start=1):
-            optimizer.signal_skip_step(do_skip=number < count)
+        left = self.subject.rows
+        for losses in self.subject.losses():
+            left -= len(losses)
+            optimizer.signal_skip_step(do_skip=left > 0)
             yield losses
 
     @contextmanager
     def _opacus(self, hooks: Any) -> Iterator[None]:
-        self.model.train()
+        self.subject.model.train()
         try:
             yield
         finally:
             hooks.cleanup()
-            self.model.eval()
+            self.subject.model.eval()
 
 
-def measure(work: Work, repeats: int) -> dict[str, float]:
-    """CPU seconds of a step, by way; and what the automatic choice says."""
-    with prepared(work) as run:
-        ways = Ways(run).all()
-        least = dict.fromkeys(ways, float("inf"))
-        for _ in range(repeats):
+@dataclass
+class Cost:
+    """Of one way: the least CPU seconds of a step, and the most memory that the last turn took."""
+
+    seconds: float = float("inf")
+    megabytes: float = float("nan")
+
+
+def measure(work: Work, seconds: float) -> dict[str, Cost]:
+    """What a step costs, by way: turn after turn until the time is spent, three at least."""
+    with work.prepare() as subject:
+        mode = choose(subject.model)
+        print(f"{work.name}: mode {mode.name}, because {mode.reason}", flush=True)
+        ways = Ways(subject).all()
+        costs = {name: Cost() for name in ways}
+        until, turns = time.process_time() + seconds, 0
+        while turns < 3 or time.process_time() < until:
             for name, way in ways.items():
                 with way() as step:
-                    for number in range(STEPS):
-                        began = time.process_time()
-                        step()
-                        if number:
-                            least[name] = min(least[name], time.process_time() - began)
-        mode = choose(run.peft_model)
-        print(f"{work.name}: mode {mode.name}, because {mode.reason}")
-    return least
+                    _turn(step, work.steps, costs[name], memory=turns == 0)
+            turns += 1
+    return costs
+
+
+def _turn(step: Step, steps: int, cost: Cost, *, memory: bool) -> None:
+    for number in range(steps):
+        before = _resident() if memory and number else 0.0
+        began = time.process_time()
+        step()
+        spent = time.process_time() - began
+        if number or steps < STEPS:
+            cost.seconds = min(cost.seconds, spent)
+        if memory and number:
+            cost.megabytes = _status("VmHWM") - before
+
+
+def _resident() -> float:
+    """Megabytes resident now, what is free given back first; and the peak starts anew."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1e3 if found else float("nan")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=12, help="turns of each way")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--seconds", type=float, default=100.0, help="CPU seconds of measuring")
+    parser.add_argument("--smollm2", type=Path, help="folder with SmolLM2-135M's weights")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    found = {work: measure(work, repeats) for work in WORKS}
+    found = {w: measure(w, given.seconds * w.share) for w in works(given.smollm2)}
     names = list(next(iter(found.values())))
-    print()
-    print(f"{'CPU seconds of a step':24}" + "".join(f"{name:>18}" for name in names))
     missed = []
-    for work, least in found.items():
-        plain = least["non-private"]
-        cells = "".join(f"{v:10.4f} ({v / plain:.2f}x)" for v in least.values())
-        print(f"{work.name + f', {work.rows} texts':24}{cells}")
-        if least["ours"] / plain > AIM:
-            missed.append(work.name)
-    print(f"\naim: ours at most {AIM}x: " + (f"missed by {', '.join(missed)}" if missed else "met"))
+    for title, cell in (("CPU seconds of a step", _seconds), ("megabytes at its peak", _memory)):
+        print(f"\n{title:32}" + "".join(f"{name:>18}" for name in names))
+        for work, costs in found.items():
+            plain = costs["non-private"]
+            print(f"{work.name:32}" + "".join(cell(cost, plain) for cost in costs.values()))
+    print()
+    for work, costs in found.items():
+        ratio = costs["ours"].seconds / costs["non-private"].seconds
+        missed += [work.name] * (ratio > work.aim)
+        print(f"{work.name}: ours {ratio:.2f}x, aim {work.aim}x at most")
+    print("missed by " + ", ".join(missed) if missed else "all aims are met")
     return 1 if missed else 0
+
+
+def _seconds(cost: Cost, plain: Cost) -> str:
+    return f"{cost.seconds:10.4f} ({cost.seconds / plain.seconds:.2f}x)"
+
+
+def _memory(cost: Cost, plain: Cost) -> str:
+    return f"{cost.megabytes:10.0f} ({cost.megabytes / plain.megabytes:.2f}x)"
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ class LocalRound:
 
     def _losses(self, batch: Indices, rows: int | None = None) -> Iterator[Tensor]:
         """For each part of a batch, of so many texts at most, every example's own loss."""
+        bounds = [bound for bound in (rows, self.plan.physical_batch) if bound is not None]
+        rows = min(bounds, default=None)
         for part in parts(batch, self.features.tokens.lengths, rows=rows):
             logits = self.peft_model(**self.features.inputs(part))
             yield torch.nn.functional.cross_entropy(logits, self.labels[part], reduction="none")

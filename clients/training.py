@@ -58,6 +58,8 @@ class TrainingPlan:
         optimizer: ``adamw`` (without weight decay) or ``sgd`` (with momentum).
         momentum: of ``sgd``.
         max_length: tokens of a text that are read.
+        physical_batch: at most so many examples go through the model at once; the rest of a batch
+            follows, and the step is made of all of it. None for as many as are quickest.
 
     Raises:
         PlanError: if a value is out of its bounds or two contradict each other.
@@ -72,6 +74,7 @@ class TrainingPlan:
     optimizer: str = "adamw"
     momentum: float = 0.9
     max_length: int = 32
+    physical_batch: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.sample_rate is not None:
@@ -95,6 +98,8 @@ class TrainingPlan:
         if not 0 <= self.momentum < 1:
             raise PlanError(f"plan: momentum={self.momentum} is outside 0..1 (1 excluded)")
         _whole("max_length", self.max_length, 4, MAX_LENGTH)
+        if self.physical_batch is not None:
+            _whole("physical_batch", self.physical_batch, 1, 1 << 20)
 
     def rate(self, examples: int) -> float:
         """The share of ``examples`` in one step."""

@@ -192,3 +192,16 @@ def check_delta(value: float) -> None:
     """
     if not 0 < value < 1:
         raise BudgetError(f"delta={value} must be above 0 and below 1, and at most 1/n")
+
+
+def check_noise(value: float) -> None:
+    """Refuse noise that protects nothing, where protection is asked for.
+
+    Raises:
+        BudgetError: saying what to give instead.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise BudgetError(
+            f"noise_multiplier={value} adds no noise, and without noise there is no epsilon: give "
+            "epsilon instead and the noise is calibrated to it, or train without privacy"
+        )

@@ -32,6 +32,7 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from privacy.movement import Movement
 from privacy.per_example import LINEAR, LinearGradients, MechanismError, choose, linear_gradients
 from privacy.planted import Planted
 from privacy.randomness import Stream
@@ -118,7 +119,9 @@ class PrivateSgd:
             expected_batch_size=None,
             loss_reduction="sum",
         )
-        self._steps = 0
+        self._movement = Movement(
+            self._parameters, self._masks, noisy=self._std > 0, clip=max_grad_norm
+        )
 
     def __enter__(self) -> Self:
         # Opacus computes nothing in evaluation mode; the models that come here have no dropout.
@@ -165,9 +168,9 @@ class PrivateSgd:
             how many examples were in the batch; private, like everything about the batch.
 
         Raises:
-            MechanismError: after the first step, if a parameter did not move.
+            MechanismError: after the first steps, if a parameter did not move, or by noise alone.
         """
-        before = self._snapshot() if self._steps == 0 else {}
+        self._movement.begin()
         count = 0
         for loss in losses:
             loss.sum().backward()
@@ -175,6 +178,7 @@ class PrivateSgd:
                 self._linear.collect(len(loss))
             self._accumulate()
             count += int(loss.shape[0])
+        self._movement.see(count)
         if self._planted is None:
             self._release()
         else:
@@ -183,9 +187,7 @@ class PrivateSgd:
         for parameter in self._parameters.values():
             parameter.grad = None
             parameter.summed_grad = None
-        self._steps += 1
-        if before and (count or self._std > 0):
-            self._check_moved(before)
+        self._movement.check(count)
         return count
 
     def _fits(self, name: str, mask: Tensor) -> bool:
@@ -242,21 +244,6 @@ class PrivateSgd:
                 if name in self._masks:
                     total = total * self._masks[name]
             parameter.grad = total / self._expected
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self._parameters.items()}
-
-    def _check_moved(self, before: dict[str, Tensor]) -> None:
-        idle = {name for name, mask in self._masks.items() if not mask.any()}
-        names = [name for name in self._parameters if name not in idle]
-        still = [n for n in names if torch.equal(self._parameters[n].detach(), before[n])]
-        # Without noise A has a gradient of exactly zero while B is zero, so one mover is enough.
-        if (still and self._std > 0) or (still and len(still) == len(names)):
-            raise MechanismError(
-                f"{still[0]} did not move in the first private step: its gradient does not reach "
-                "the optimiser. The usual cause is a model wrapped after the optimiser was built, "
-                "or an adapter re-attached since (opacus issue 820)"
-            )
 
 
 def _sampler(module: nn.Module) -> Any:

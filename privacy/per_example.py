@@ -67,22 +67,35 @@ def choose(model: nn.Module, asked: str | None = None) -> Mode:
     Raises:
         MechanismError: if what was asked for is no mode, or not right for this model.
     """
-    if asked not in (None, *MODES):
-        raise MechanismError(f"mode={asked!r} is not one of {', '.join(MODES)}")
     trained = list(_trained(model))
     size = sum(p.numel() * p.element_size() for _, _, own in trained for p in own)
-    rows = max(1, SAMPLE_BYTES // max(1, size))
     other = next((t for t in trained if not _plain(t[1])), None)
+    what = "" if other is None else f"{other[0] or 'the model'}, a {type(other[1]).__name__},"
+    return mode_of(size, what, asked)
+
+
+def mode_of(size: int, other: str = "", asked: str | None = None) -> Mode:
+    """The mode for what is known of a model without having it.
+
+    Args:
+        size: bytes of all that trains.
+        other: the first thing that trains and is no plain linear layer, in words that "trains too"
+            may follow; empty if there is none.
+        asked: as for :func:`choose`, and refused alike.
+
+    Raises:
+        MechanismError: as :func:`choose`.
+    """
+    if asked not in (None, *MODES):
+        raise MechanismError(f"mode={asked!r} is not one of {', '.join(MODES)}")
+    rows = max(1, SAMPLE_BYTES // max(1, size))
     cost = (
         f"an example's gradient takes {size / 1e3:,.0f} kB, too little to pay a second backward "
         "pass for, as ghost clipping does"
     )
-    if other is None and asked != HOOKS:
+    if not other and asked != HOOKS:
         return Mode(LINEAR, f"only linear layers train; {cost}", rows)
-    why = "it was asked for"
-    if other is not None:
-        name, layer, _ = other
-        why = f"{name or 'the model'}, a {type(layer).__name__}, trains too"
+    why = f"{other} trains too" if other else "it was asked for"
     if asked == LINEAR:
         raise MechanismError(f"mode={LINEAR!r} is for linear layers only: {why}")
     return Mode(HOOKS, f"{why}; {cost}", rows)

@@ -53,6 +53,7 @@ def statement(
     rounds: int | None = None,
     client: Mapping[str, Any] | None = None,
     secure_sum: Mapping[str, Any] | None = None,
+    gradients: str = "",
 ) -> dict[str, Any]:
     """The statement of one adapter.
 
@@ -66,6 +67,8 @@ def statement(
             is promised to them.
         secure_sum: the part about the secure sum, see :mod:`privacy.secure_statement`; None if
             updates were added up in the clear.
+        gradients: how gradients per example were formed, and why (``privacy.per_example.Mode``);
+            empty if that is not known.
 
     Returns:
         plain values that JSON can hold; ``example`` and ``client`` are None where nothing is
@@ -104,6 +107,7 @@ def statement(
             "sample_rate": _range(e.sample_rate for e in every),
             "steps": _range(sum(e.steps for e in own) for own in spent.values()),
             "rounds": rounds,
+            **({"gradients": gradients} if gradients else {}),
             "sampling": "Poisson: every example drawn on its own at every step, empty batches too",
             "randomness": randomness,
         },

@@ -223,6 +223,8 @@ class _Display:
                     f"run {event.run}: {len(event.clients)} clients, {rows} texts, "
                     f"{event.heldout} held out{goes_on}"
                 )
+                if event.gradients:
+                    self._line(f"gradients per example by {event.gradients}")
                 self._bar("measuring the start", 0, None)
             case events.RoundStarted():
                 self._bar(f"round {event.round} of {self._rounds}", 0, len(event.cohort))

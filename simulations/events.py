@@ -21,6 +21,7 @@ class Prepared:
         rounds: how many rounds there will be.
         done: how many of them an earlier process did.
         parameters: how many values the adapter has.
+        gradients: how clients form gradients per example, and why; empty without privacy.
     """
 
     run: str
@@ -31,6 +32,7 @@ class Prepared:
     rounds: int
     done: int
     parameters: int
+    gradients: str = ""
 
 
 @dataclass(frozen=True)

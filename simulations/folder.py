@@ -23,7 +23,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,21 +32,21 @@ from typing import Any
 
 from aggregation import durable
 from aggregation.adapter import Adapter
-from aggregation.errors import AggregationError
 from aggregation.init import initial_adapter
+from clients.base import BaseRef
 from clients.data import Examples
-from clients.errors import ClientError
-from clients.model import BaseRef, adapter_spec, find_base
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from privacy.budget import LocalPrivacy
-from privacy.cohort_account import CohortAccount
+from privacy.cohort_account import EVERY_CLIENT, CohortAccount
 from privacy.errors import PrivacyError
 from privacy.ledger import Ledger
+from privacy.per_example import Mode
 from privacy.randomness import SEEDED, seeded_key
 from simulations import datasets, from_scenario
 from simulations.errors import SimulationError
 from simulations.events import Prepared
+from simulations.preflight import Draft, draft
 from simulations.scenario import Scenario, ScenarioError, load
 
 RESOLVED = "scenario.resolved.toml"
@@ -79,6 +80,7 @@ class Run:
         heldout: rows to measure on.
         summary: rows of each class by client, see ``simulations.datasets.summary``.
         done: rounds that an earlier process did.
+        mode: how clients form gradients per example, and why; None without privacy.
     """
 
     scenario: Scenario
@@ -90,6 +92,7 @@ class Run:
     heldout: Examples = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
     done: int = 0
+    mode: Mode | None = None
 
     @property
     def clients(self) -> int:
@@ -105,6 +108,11 @@ class Run:
     def ledger(self) -> Path:
         """The ledger that the simulated clients share."""
         return self.out / LEDGER
+
+    @property
+    def gradients(self) -> str:
+        """How clients form gradients per example, and why; empty without privacy."""
+        return "" if self.mode is None else f"{self.mode.name}: {self.mode.reason}"
 
     @contextmanager
     def account(self) -> Iterator[CohortAccount | None]:
@@ -133,6 +141,7 @@ class Run:
             rounds=self.config.rounds,
             done=self.done,
             parameters=self.initial.spec.size,
+            gradients=self.gradients,
         )
 
 
@@ -165,63 +174,42 @@ def locked(out: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def prepare(scenario: Scenario, out: Path) -> Run:
+def prepare(scenario: Scenario, out: Path, ready: Draft | None = None) -> Run:
     """Lay out the run folder, or check that it holds this very run.
 
     Args:
         scenario: what to run.
         out: the run folder; hold it with :func:`locked`.
+        ready: the scenario's draft, if it is made already.
 
     Raises:
-        RunError: if the folder holds something else.
+        RunError: if the folder holds something else, or a ledger in it was edited or damaged.
         SimulationError: if the base, the data or the privacy settings are not usable.
         StorageError: if the disk is full.
     """
     out = out.resolve()
+    ready = ready or draft(scenario)
     _claim(scenario, out)
-    dataset = from_scenario.dataset(scenario)
-    try:
-        base = find_base(scenario.base.name)
-        spec = adapter_spec(
-            base,
-            dataset.examples.label_names,
-            scenario.train.rank,
-            scenario.train.alpha,
-            scenario.train.targets,
-            tuple(range(max(0, base.layers - scenario.train.layers), base.layers)),
-            scenario.train.rslora,
-            method=scenario.train.method,
-            virtual_tokens=scenario.train.virtual_tokens,
-            bottleneck=scenario.train.bottleneck,
-        )
-        chosen = scenario.chosen()
-        chosen.check_spec(spec)
-        chosen.check_base(from_scenario.quantised(base))
-        plan = from_scenario.plan(scenario)
-        privacy = from_scenario.privacy(scenario)
-    except (ClientError, PrivacyError, AggregationError) as error:
-        raise ScenarioError(f"scenario {scenario.name}: {error}") from error
     folder = out / PARTITIONS
     if not (folder / datasets.SUMMARY).is_file():
-        datasets.materialise(folder, dataset, from_scenario.split(scenario, dataset))
+        datasets.materialise(folder, ready.dataset, ready.split)
     summary = json.loads((folder / datasets.SUMMARY).read_text("utf-8"))
-    try:
-        config = from_scenario.rounds(scenario, plan, privacy, folder)
-    except PrivacyError as error:
-        raise ScenarioError(f"scenario {scenario.name}: {error}") from error
+    config = ready.config(folder)
     if getattr(config.chosen().private, "secure", False):
         from_scenario.write_roster(scenario, folder)
     found = Checkpoints(out / CHECKPOINTS, config.run).latest()
+    _check_ledgers(out, config.run, found[0] if found else [])
     return Run(
         scenario=scenario,
         out=out,
-        base=base,
-        initial=initial_adapter(spec, scenario.seed),
+        base=ready.base,
+        initial=initial_adapter(ready.spec, scenario.seed),
         config=config,
-        privacy=privacy,
+        privacy=ready.privacy,
         heldout=datasets.read(folder / datasets.HELDOUT, summary["labels"]),
         summary=summary,
         done=found[0][-1].number if found else 0,
+        mode=ready.mode,
     )
 
 
@@ -229,6 +217,46 @@ def done_rounds(run: Run) -> list[Round]:
     """The records of the rounds that an earlier process did."""
     found = Checkpoints(run.checkpoints, run.config.run).latest()
     return found[0] if found else []
+
+
+def _check_ledgers(out: Path, run: str, rounds: Sequence[Round]) -> None:
+    """Refuse to go on where it is no longer known what was spent.
+
+    A ledger that was edited says so by itself; one that was emptied or taken away is missed because
+    it tells of less than the rounds that are done.
+    """
+    clients = Counter(name for record in rounds for name in record.privacy_events)
+    server = Counter({EVERY_CLIENT: sum(len(record.client_events) for record in rounds)})
+    for name, done in ((LEDGER, clients), (SERVER_LEDGER, server)):
+        path = out / name
+        found = _spent(path, run)
+        missing = sorted(who for who, times in done.items() if found[who] < times)
+        if missing:
+            who = missing[0]
+            raise RunError(
+                f"{path}: tells of {found[who]} events of {who} in run {run}, and {done[who]} are "
+                "in the rounds that are done: restore the ledger from a backup, with its -wal "
+                "file, or choose another folder and begin anew"
+            )
+
+
+def _spent(path: Path, run: str) -> Counter[str]:
+    """How often each client has spent something in a run, as a ledger has it.
+
+    A file of no bytes is what a process leaves that was killed while it made the file.
+
+    Raises:
+        RunError: if the ledger was edited or is damaged.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return Counter()
+    try:
+        ledger = Ledger(path, read_only=True)
+        found = Counter(entry.client for entry in ledger.table() if entry.run == run)
+        ledger.close()
+    except PrivacyError as error:
+        raise RunError(str(error)) from error
+    return found
 
 
 def _claim(scenario: Scenario, out: Path) -> None:

@@ -84,6 +84,7 @@ def plan(scenario: Scenario) -> TrainingPlan:
         sample_rate=train.sample_rate,
         optimizer=train.optimizer,
         max_length=train.max_length,
+        physical_batch=train.physical_batch,
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from clients.client_app import app as client_app
 from clients.client_app import resident
-from simulations import folder, workers
+from simulations import folder, preflight, workers
 from simulations.events import Event
 from simulations.folder import Run, RunError
 from simulations.grid import LocalGrid
@@ -68,8 +68,9 @@ def simulate(
         raise RunError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if not 0 <= workers <= 256:
         raise RunError(f"workers={workers} is outside 0..256")
+    ready = preflight.draft(scenario)
     with folder.locked(out) as where:
-        run = folder.prepare(scenario, where)
+        run = folder.prepare(scenario, where, ready)
         progress(run.event())
         if backend == "ray":
             return _on_ray(run, progress)

@@ -28,7 +28,7 @@ from privacy import secure_statement
 from privacy.cohort_statement import section
 from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
-from simulations import card, evaluation, folder, origin, records, report
+from simulations import card, evaluation, folder, origin, preflight, records, report
 from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
 from simulations.folder import Run
 from simulations.scenario import Scenario, load
@@ -134,6 +134,7 @@ def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dic
         rounds=last,
         client=part,
         secure_sum=hidden,
+        gradients=run.gradients,
     )
 
 
@@ -214,9 +215,12 @@ def main(grid: Grid, context: Context) -> None:
         ),
     )
     out = Path(str(context.run_config.get("out") or f"runs/{scenario.name}-flwr-{context.run_id}"))
+    ready = preflight.draft(scenario)
     with folder.locked(out) as where:
         _log.info("run folder: %s", where)
-        run = folder.prepare(scenario, where)
+        run = folder.prepare(scenario, where, ready)
+        if run.gradients:
+            _log.info("gradients per example by %s", run.gradients)
         trainer = resident(run.scenario.base.name, run.ledger, False, 1)
         serve(grid, run, trainer, folder.SIMULATED, _tell)
 

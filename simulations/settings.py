@@ -13,11 +13,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from aggregation.errors import RecipeError
 from aggregation.recipe import Recipe
 from aggregation.recipes import DEFAULT, recipe
+from privacy.budget import BudgetError, check_delta, check_epsilon, check_noise
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
@@ -134,6 +142,8 @@ class Train(Section):
         method: ``lora``, ``ia3``, ``prompt``, ``prefix`` or ``bottleneck``.
         virtual_tokens: of a prompt or prefix; they come on top of ``max_length``.
         bottleneck: units in the middle of a bottleneck.
+        physical_batch: at most so many rows go through the model at once; gradients of a larger
+            batch are accumulated. By default as many as are quickest.
     """
 
     later: ClassVar[tuple[str, ...]] = (
@@ -142,6 +152,7 @@ class Train(Section):
         "method",
         "virtual_tokens",
         "bottleneck",
+        "physical_batch",
     )
     rank: Rank = 8
     ranks: Annotated[tuple[Rank, ...], Field(strict=False, max_length=1000)] = ()
@@ -161,6 +172,7 @@ class Train(Section):
     method: Literal["lora", "ia3", "prompt", "prefix", "bottleneck"] = "lora"
     virtual_tokens: Annotated[int, Field(ge=1, le=256)] = 16
     bottleneck: Annotated[int, Field(ge=1, le=256)] = 16
+    physical_batch: Annotated[int, Field(ge=1, le=65536)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -203,16 +215,28 @@ class Privacy(Section):
     Attributes:
         epsilon: budget of each client over the whole run; the noise is calibrated to it.
         noise_multiplier: the noise itself, if no budget is given.
-        delta: of the guarantee; should be below one over the largest client's rows.
+        delta: of the guarantee; at most one over the largest client's rows.
         max_grad_norm: clipping norm of one example's gradient.
         accountant: how epsilon is computed: ``rdp`` (a safe bound) or ``pld`` (tight and slow).
     """
 
-    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
-    noise_multiplier: Annotated[float, Field(gt=0, le=1000)] | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    epsilon: Annotated[float, Field(le=1000)] | None = None
+    noise_multiplier: Annotated[float, Field(le=1000)] | None = None
+    delta: float = 1e-5
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
     accountant: Literal["rdp", "pld"] = "rdp"
+
+    @field_validator("epsilon", "delta", "noise_multiplier")
+    @classmethod
+    def _that_protects(cls, value: float | None, info: ValidationInfo) -> float | None:
+        """In words that say what to do, which the bounds of a field would not."""
+        checks = {"epsilon": check_epsilon, "delta": check_delta, "noise_multiplier": check_noise}
+        if value is not None:
+            try:
+                checks[str(info.field_name)](value)
+            except BudgetError as error:
+                raise ValueError(str(error)) from None
+        return value
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

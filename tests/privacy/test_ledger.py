@@ -1,26 +1,21 @@
-"""The ledger under concurrency, tampering, and kills at every one of its writes."""
+"""The ledger: what adds up, who is refused, under concurrency and tampering."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import signal
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
 
 from privacy.budget import Accountant, BudgetError, BudgetExceeded, PrivacyBudget
 from privacy.calibration import epsilon, noise_multiplier
-from privacy.central import CentralPrivacy
-from privacy.cohort_account import EVERY_CLIENT, CohortAccount
 from privacy.events import SgdEvent
 from privacy.ledger import Head, Ledger, LedgerEdited, LedgerError, Terms
 from privacy.ledger_rows import GENESIS
-from privacy.randomness import seeded_key
 
 DELTA = 1e-5
 BUDGET = PrivacyBudget(8.0, DELTA)
@@ -225,100 +220,6 @@ def _fork(work: Callable[[], None]) -> int:
         finally:
             os._exit(status)
     return child
-
-
-class _Death:
-    """Kills this process at the n-th thing that an engine does, before or after it."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.seen = at, 0
-
-    def here(self, *_: object) -> None:
-        self.seen += 1
-        if self.seen == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(self, engine: sql.Engine) -> None:
-        for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
-            sql.event.listen(engine, name, self.here)
-
-
-def _client(ledger: Ledger, number: int) -> None:
-    """What a client does before a round's first gradient."""
-    ledger.spend("ann", "r", number, event(2.0), BUDGET)
-
-
-def _server(ledger: Ledger, number: int) -> None:
-    """What a server does before a round's noise is there to be added."""
-    central = CentralPrivacy(
-        rounds=4, clients=100, fraction=0.1, sampling="poisson", delta=DELTA, epsilon=8.0
-    )
-    CohortAccount(central, run="r", ledger=ledger, key=seeded_key(1)).pay(number, "aa")
-
-
-def _owner(ledger: Ledger, number: int) -> None:
-    """What the owner of a ledger does."""
-    ledger.set_limit(Terms(delta=DELTA, epsilon=float(number)), "ann")
-
-
-def _act_and_die(act: Callable[[Ledger, int], None], path: Path, at: int) -> None:
-    ledger = Ledger(path)
-    death = _Death(at)
-    death.watch(ledger.engine)
-    act(ledger, 2)
-    death.here()  # after the commit: the first gradient would be computed now
-    os._exit(0 if death.seen < at else 1)
-
-
-def _crashes(
-    tmp_path: Path, act: Callable[[Ledger, int], None]
-) -> Iterator[tuple[Ledger, int, Head]]:
-    """The ledger as it is after a kill at the first, the second ... thing that an act does."""
-    for at in range(1, 100):
-        path = tmp_path / f"{at}.sqlite"
-        ledger = Ledger(path)
-        act(ledger, 1)
-        before = ledger.head()
-        ledger.close()
-        child = _fork(lambda p=path, n=at: _act_and_die(act, p, n))  # type: ignore[misc]
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 0:
-            return
-        assert status == -signal.SIGKILL
-        after = Ledger(path)
-        after.verify(since=before)
-        yield after, after.head().count - before.count, before
-        after.close()
-
-
-@pytest.mark.parametrize(("act", "name"), [(_client, "ann"), (_server, EVERY_CLIENT)])
-def test_a_kill_at_every_write_counts_the_event_never_twice_and_never_less(
-    tmp_path: Path, act: Callable[[Ledger, int], None], name: str
-) -> None:
-    outcomes = []
-    for after, more, before in _crashes(tmp_path, act):
-        outcomes.append(more)
-        # The next start repeats the round: the event stands exactly once in the end.
-        act(after, 2)
-        assert after.head().count == before.count + 1
-        assert [e.round for e in after.table(name)] == [1, 2]
-        assert after.spent(name, DELTA) == epsilon([e.event for e in after.table(name)], DELTA)
-        act(after, 2)
-        assert after.head().count == before.count + 1
-    # Every point was reached; before the commit nothing is spent, after it everything is.
-    assert len(outcomes) >= 10
-    assert outcomes == sorted(outcomes)
-    assert (outcomes[0], outcomes[-1]) == (0, 1)
-
-
-def test_a_kill_while_a_limit_is_set_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
-    found = []
-    for after, more, _ in _crashes(tmp_path, _owner):
-        limit = after.limit("ann")
-        assert limit is not None
-        assert limit.epsilon == 1.0 + more
-        found.append(more)
-    assert (len(found) >= 5, found[0], found[-1]) == (True, 0, 1)
 
 
 def test_the_terms_stand_with_every_event(path: Path) -> None:
