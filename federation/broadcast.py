@@ -12,6 +12,7 @@ revoked; this is asked again at every wake of a stream, so that a revocation cut
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
@@ -253,7 +254,11 @@ class FleetService:
         shown = context.auth_context().get("x509_pem_cert", [b""])[0]
         device, serial = _who(shown)
         if not self._fleet.admits(device, serial):
-            await self._deny(context, device)
+            if serial and self._fleet.may_be_new(serial):
+                with contextlib.suppress(StorageError):
+                    await asyncio.to_thread(self._fleet.refresh, device)
+            if not self._fleet.admits(device, serial):
+                await self._deny(context, device)
         return device, serial
 
     async def _deny(self, context: Context, device: str) -> NoReturn:
@@ -285,6 +290,7 @@ class EnrolmentService:
         request = await _parse(pb.EnrolRequest, raw, context, self._metrics)
         try:
             reply = await asyncio.to_thread(self._enrolment.enrol, request)
+            await asyncio.to_thread(self._enrolled, reply.device_id)
         except EnrolmentError as error:
             self._metrics.enrolments.labels(error.reason.value).inc()
             log.warning("enrolment refused from %s: %s", context.peer(), error)
@@ -294,7 +300,6 @@ class EnrolmentService:
             await context.abort(Code.UNAVAILABLE, "the server cannot store this: try later")
         self._metrics.enrolments.labels("enrolled").inc()
         log.info("enrolled %s", reply.device_id)
-        self._enrolled(reply.device_id)
         return bytes(to_wire(reply).SerializeToString())
 
 
