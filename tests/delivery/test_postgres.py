@@ -1,0 +1,378 @@
+"""Several gateways on one PostgreSQL: they share a rollout, one is killed, nothing is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
+
+from aggregation.durable import StorageError
+from federation import cli, postgres, turns
+from federation import store as tables
+from federation.client import OperatorClient
+from federation.enrolment import EnrolmentError
+from federation.folder_lock import FolderLock
+from federation.postgres import DatabaseAwayError, DatabaseError
+from federation.store import Store, StoreError
+from protos.messages import DeviceEvent
+from protos.signed import RoundDocument
+from tests.delivery import test_ticker
+from tests.delivery.postgres import Database, GatewayProcess, binaries, gateway, url_of
+from tests.delivery.rig import Device, Obedient, Watcher, enrol, new_key, request_for
+from tests.delivery.test_ticker import House
+from tests.waiting import until
+
+PROGRAMS = binaries()
+needs_postgres = pytest.mark.skipif(
+    PROGRAMS is None, reason="PostgreSQL is not installed (initdb and postgres by pg_config)"
+)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[Database]:
+    assert PROGRAMS is not None
+    made = Database(PROGRAMS)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.remove()
+
+
+@dataclass
+class Either:
+    """Two gateways as a device knows them: one name with two addresses, asked in order."""
+
+    first: GatewayProcess
+    second: GatewayProcess
+
+    @property
+    def endpoints(self) -> dict[str, Any]:
+        both = ",".join(one.endpoints["fleet"] for one in (self.first, self.second))
+        return {"fleet": f"ipv4:{both}"}
+
+    def operator(self) -> OperatorClient:
+        return self.first.operator()
+
+
+class Steady(Obedient):
+    """Delivers each report until it is acknowledged, the very same one, as devices do."""
+
+    def _say(self, event: DeviceEvent, document: RoundDocument, name: str) -> bool:
+        key = (document.sequence, name)
+        if key not in self.signed:
+            self.signed[key] = self.device.signed(event, release=name, rollout=document.rollout)
+        try:
+            return self.device.send([self.signed[key]]) >= self.device.sequence
+        except grpc.RpcError:
+            return False
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.signed: dict[tuple[int, str], Any] = {}
+
+
+@needs_postgres
+def test_two_gateways_share_a_rollout_and_one_is_killed(database: Database, tmp_path: Path) -> None:
+    address, home = database.new(), tmp_path / "home"
+    west, east = gateway(home, "west", address).start(), gateway(home, "east", address).start()
+    assert (west.decides(), east.decides()) == (True, False)
+    sides = (Either(west, east), Either(east, west))
+    devices = [Device(sides[n % 2], f"d-{n}") for n in range(6)]  # type: ignore[arg-type]
+    fleet = [Steady(device) for device in devices]
+    name = west.publish(1, b"payload" * 1000)
+    for one in fleet:
+        one.watcher.__enter__()
+    try:
+        until(lambda: all(one.watcher.bundles for one in fleet), what="six open streams")
+        with east.operator() as operator:
+            until(lambda: all(d["connected"] for d in operator.devices()), what="all are known")
+            policy = {"bake_seconds": 0.2, "deadline_seconds": 600.0}
+            rollout = operator.start_rollout(name, ["1", "3", "100%"], policy=policy)["id"]
+        until(lambda: any(one.loaded for one in fleet), what="the canary's commit")
+        west.kill()  # the one that decides
+        until(east.decides, 3.0, what="the other one decides")
+        with east.operator() as operator:
+            until(lambda: operator.rollout(rollout)["state"] == "done", 30.0, what="done")
+            told = operator.rollout(rollout)["devices"]
+            assert {d["outcome"] for d in told} == {"committed"}
+            assert {d["attempts"] for d in told} == {0}
+        assert [one.loaded for one in fleet] == [[name]] * 6
+        west.start()
+        assert not west.decides()
+        second = east.publish(2, b"other" * 1000)
+        with west.operator() as operator:  # known here, though published there
+            rollout = until(
+                lambda: (
+                    second in {one["name"] for one in operator.releases()}
+                    and operator.start_rollout(second, ["100%"])["id"]
+                ),
+                what="the release at the other gateway",
+            )
+            until(lambda: operator.rollout(rollout)["state"] == "done", 30.0, what="done")
+            verdict = operator.verify_audit()
+            assert verdict["sound"], verdict
+        assert [one.loaded for one in fleet] == [[name, second]] * 6
+    finally:
+        for one in fleet:
+            one.watcher.__exit__()
+    check_reports(address, fleet)
+    assert (west.stop(), east.stop()) == (0, 0), west.log() + east.log()
+    assert "Traceback" not in west.log() + east.log()
+
+
+def check_reports(address: str, fleet: list[Steady]) -> None:
+    """Each report that was signed is there once, and byte for byte."""
+    store = Store.connect(url_of(address), "reader")
+    query = sa.select(tables.reports.c.device_id, tables.reports.c.body)
+    with store.read() as connection:
+        stored = sorted((row.device_id, bytes(row.body)) for row in connection.execute(query))
+    store.close()
+    signed = [(one.device.name, r.body) for one in fleet for r in one.signed.values()]
+    assert stored == sorted(signed)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[GatewayProcess, GatewayProcess]]:
+    address, home = database.new(), tmp_path_factory.mktemp("pair") / "home"
+    west, east = gateway(home, "west", address).start(), gateway(home, "east", address).start()
+    yield west, east
+    assert (west.stop(), east.stop()) == (0, 0), west.log() + east.log()
+
+
+@needs_postgres
+def test_what_one_gateway_admits_or_revokes_holds_at_the_other(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    west, east = pair
+    device = Device(west)
+    device.server = east  # at once: its certificate was issued a moment ago, elsewhere
+    with Watcher(device) as watcher, west.operator() as operator:
+        until(lambda: watcher.bundles, what="the stream at the other gateway")
+        assert watcher.ended is None
+        until(lambda: operator.device(device.name)["connected"], what="known at the first one")
+        seen = len(watcher.bundles)
+        west.publish(1, b"pushed across", channel="across")
+        until(lambda: len(watcher.bundles) > seen, 2.0, what="the other gateway's push")
+        operator.revoke(device.name, "stolen")
+        until(lambda: watcher.ended is not None, 2.0, what="the end of the stream")
+        assert watcher.ended.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[union-attr]
+    with pytest.raises(grpc.RpcError, match="was revoked"):
+        device.report(DeviceEvent.HEALTH)
+
+
+@needs_postgres
+def test_a_token_is_used_once_at_whichever_gateway(
+    pair: tuple[GatewayProcess, GatewayProcess],
+) -> None:
+    west, east = pair
+    with west.operator() as operator:
+        here, there = operator.make_token(), operator.make_token()
+        there = {**there, "enrol": east.endpoints["enrol"], "token": here["token"]}
+    start = threading.Barrier(6)
+
+    def use(endpoints: dict[str, Any]) -> str:
+        request = request_for(new_key())
+        start.wait(10)
+        try:
+            return enrol(endpoints, endpoints["token"], request).device_id
+        except grpc.RpcError as error:
+            assert "used-token" in str(error)
+            return ""
+
+    with ThreadPoolExecutor(6) as pool:
+        names = [name for name in pool.map(use, [here, there] * 3) if name]
+    assert len(names) == 1
+    with east.operator() as operator:
+        assert operator.verify_audit()["sound"]
+
+
+@needs_postgres
+def test_the_database_goes_away_and_comes_back(
+    database: Database, pair: tuple[GatewayProcess, GatewayProcess]
+) -> None:
+    west, east = pair
+    device = Device(east)
+    name = west.publish(1, b"payload", channel="away")
+    with Obedient(device).watcher as watcher, east.operator() as operator:
+        until(lambda: watcher.bundles, what="the stream")
+        report = device.signed(DeviceEvent.HEALTH)
+        database.stop()
+        try:
+            until(lambda: operator.health()["trouble"], what="the trouble is told")
+            with pytest.raises(grpc.RpcError) as refused:
+                device.send([report])
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            record = next(r.target for r in [*watcher.bundles[-1:]] if False) if False else None
+            assert record is None
+            beats = watcher.heartbeats
+            until(lambda: watcher.heartbeats > beats, what="the stream goes on")
+            assert watcher.ended is None
+        finally:
+            database.start()
+        until(lambda: not operator.health()["trouble"], what="it answers again")
+        assert device.send([report]) == 1
+        assert until(lambda: west.decides() or east.decides(), 5.0, what="one that decides")
+        assert name in {one["name"] for one in operator.releases()}
+
+
+# --- the same invariants on both kinds of database ------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=needs_postgres)])
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    url = None
+    if request.param == "postgres":
+        url = url_of(request.getfixturevalue("database").new())
+    made = House(tmp_path, database=url)
+    yield made
+    made.store.close()
+
+
+def beside(house: House, name: str) -> Store:
+    """The same database as another process opens it."""
+    if house.database is None:
+        return Store.open(house.home / "fleet.sqlite", house.store.clock)
+    return Store.connect(house.database, name, house.store.clock)
+
+
+def test_many_writers_never_fork_the_audit_log(house: House) -> None:
+    stores = [beside(house, f"g-{number}") for number in range(2)]
+
+    def write(number: int) -> None:
+        store = stores[number % 2]
+        for line in range(8):
+            with store.write() as connection:
+                store.log(connection, f"g-{number}", "test", "x\0y" * 100, f"line {line}")
+
+    before = house.store.verify_audit().lines
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    verdict = house.store.verify_audit()
+    assert (verdict.sound, verdict.lines) == (True, before + 32)
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.parametrize("change", ["UPDATE audit SET why = 'nothing'", "DELETE FROM audit"])
+def test_the_audit_log_only_grows(house: House, change: str) -> None:
+    with house.store.write() as connection:
+        house.store.log(connection, "ann", "test", "x", "y")
+    with (
+        pytest.raises(sa.exc.IntegrityError, match="only grows"),
+        house.store.write() as connection,
+    ):
+        connection.exec_driver_sql(change)
+    assert house.store.audit()[0]["why"] == "y"
+
+
+def test_a_decision_that_was_overtaken_is_not_written(house: House) -> None:
+    seen = turns.turn(house.store)
+    other = beside(house, "other")
+    with other.write() as connection:
+        turns.take(connection, seen)
+    with pytest.raises(turns.OvertakenError, match="try again"), house.store.write() as connection:
+        turns.take(connection, seen)
+    tried: list[int] = []
+
+    def attempt(turn: int) -> int:
+        tried.append(turn)
+        if len(tried) < 3:
+            raise turns.OvertakenError
+        return turn
+
+    assert turns.settled(house.store, attempt) == seen + 1
+    other.close()
+
+
+def test_a_report_of_a_foreign_rollout_is_kept_whatever_its_length(house: House) -> None:
+    house.enrol("d-a")
+    house.say("d-a", DeviceEvent.COMMITTED, release="x" * 200, rollout="r" * 200)
+    assert house.fleet.device("d-a")["reports"][0]["rollout"] == "r" * 200
+
+
+test_waves = test_ticker.test_a_rollout_goes_through_its_waves_and_everything_is_audited
+test_tables = test_ticker.test_the_migrations_make_the_tables_that_the_code_uses
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(*words: str, **environment: str) -> str:
+    result = CliRunner().invoke(cli_app(), [*words], env=environment)
+    assert result.exit_code == 2, result.output
+    return str(result.stderr)
+
+
+def cli_app() -> Any:
+    import typer
+
+    app = typer.Typer()
+    app.command()(cli.server)
+    return app
+
+
+def test_what_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = ("--home", str(tmp_path / "home"))
+    secret = "postgresql+psycopg://fleet:sesame@db/airpeft"
+    for address in (secret, "postgresql://fleet@db/airpeft?password=sesame"):
+        text = refused(*home, "--database", address)
+        assert "AIRPEFT_DATABASE_PASSWORD" in text
+        assert "sesame" not in text
+    assert "allowed is postgresql+psycopg://" in refused(*home, "--database", "mysql://u@h/n")
+    assert "names no database" in refused(*home, "--database", "postgresql://fleet@db")
+    assert "is no address" in refused(*home, "--database", "nonsense")
+    missing = ("--database-password-file", str(tmp_path / "none"))
+    assert "database's password" in refused(*home, *missing, "--database", "postgresql://u@h/n")
+    assert "--gateway needs --database" in refused(*home, "--gateway", "west")
+    monkeypatch.setitem(__import__("sys").modules, "psycopg", None)
+    text = refused(*home, AIRPEFT_DATABASE=secret)
+    assert "pip install 'airpeft[postgres]'" in text
+    monkeypatch.undo()
+    nobody = f"postgresql+psycopg://fleet:sesame@/airpeft?host={tmp_path}"
+    text = refused(*home, AIRPEFT_DATABASE=nobody)
+    assert "check that PostgreSQL runs there" in text
+    assert "sesame" not in text
+
+
+@needs_postgres
+def test_a_gateway_that_does_not_belong_is_refused(
+    pair: tuple[GatewayProcess, GatewayProcess], tmp_path: Path
+) -> None:
+    west, _ = pair
+    address = west.arguments[3]
+    same = ("--home", str(west.home), "--database", address)
+    assert "a gateway named 'west' runs in" in refused(*same, "--gateway", "west")
+    assert "another server" in refused(*same)
+    other = ("--home", str(tmp_path / "other"), "--database", address, "--gateway", "north")
+    assert "belongs to a fleet with the authority" in refused(*other)
+    assert "lower-case letters" in refused(*same, "--gateway", "../up")
+
+
+def test_a_password_is_not_shown() -> None:
+    url = postgres.read_address("postgresql://fleet@db/airpeft?password=x", "sesame")
+    assert url.password == "sesame"
+    assert postgres.shown(url) == "postgresql+psycopg://fleet:***@db/airpeft"
+    with pytest.raises(DatabaseError, match="is no address"):
+        postgres.read_address("://")
+
+
+def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    first = FolderLock(tmp_path / "lock")
+    second = FolderLock(tmp_path / "lock", patience=0.05)
+    with first.held() as outermost, first.held() as again:
+        assert (outermost, again) == (True, False)
+        with pytest.raises(StorageError, match="held by another process"), second.held():
+            pass
+    with second.held() as outermost:
+        assert outermost
