@@ -17,6 +17,12 @@ _WRITE = "airpeft_write"
 _PAUSES = (0.1, 0.4, 1.0, None)  # seconds between attempts to connect
 _QUIET = 1.0  # seconds after these in which nobody waits again
 _NO_SPACE = "53100"  # SQLSTATE disk_full
+_LOST = (  # a connection, a place in a queue, a transaction that took too long
+    sa.exc.OperationalError,
+    sa.exc.InterfaceError,
+    sa.exc.InternalError,
+    sa.exc.TimeoutError,
+)
 
 
 def sqlite_engine(path: Path) -> sa.Engine:
@@ -84,7 +90,7 @@ class Connections:
         """The driver's errors as ours."""
         try:
             yield
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+        except _LOST as error:
             cause = postgres.cause_of(error)
             if self.shared and getattr(getattr(error, "orig", None), "sqlstate", "") != _NO_SPACE:
                 where = postgres.shown(self.engine.url)

@@ -2,9 +2,10 @@
 
 Each holds one connection that lasts. With it it hears announcements (``LISTEN``), holds its name,
 and tries to become the one that decides: that is a lock of PostgreSQL, which ends with the
-connection. A gateway that is killed loses it at once and another one has it within :data:`BEAT`
-seconds; one whose machine vanishes loses it when PostgreSQL gives its connection up, after about
-20 seconds. Nothing depends on there being exactly one: see :mod:`federation.turns`.
+connection. A gateway that is killed loses it at once, and another one has it within :data:`BEAT`
+seconds; one that hangs is made to lose it after :data:`SILENCE` seconds, and one whose machine
+vanishes loses it when PostgreSQL gives its connection up, after about 20 seconds. Nothing depends
+on there being exactly one: see :mod:`federation.turns`.
 
 What was announced is only a hint. After every reconnection everything is looked at, and the
 repository's folder once a tick, whatever was heard.
@@ -30,6 +31,7 @@ from federation.store import Store
 from federation.ticker import Ticker
 
 BEAT = 1.0  # seconds between two attempts to become the one that decides
+SILENCE = 15.0  # seconds after which one that decides and hangs must give way
 EAR = 0.2  # seconds of listening at a time
 PATIENCE = 5.0  # seconds that a start waits for its name, and then for the database to come back
 _KNOWN = (FederationError, AggregationError)
@@ -202,6 +204,8 @@ class Gateway:
             beat = time.monotonic()
             if self.leads:
                 session.ping()
+            elif session.ends_silent(postgres.SPACE, postgres.DECIDER, SILENCE):
+                log.warning("the gateway that decides has been silent for %g s: ended", SILENCE)
             elif session.takes(postgres.SPACE, postgres.DECIDER):
                 log.info("gateway %s decides about rollouts from now on", self._store.gateway)
                 self.leads = True

@@ -182,6 +182,21 @@ class Session:
         row = self._connection.execute(f"SELECT pg_try_advisory_lock({space}, {number})").fetchone()
         return bool(row and row[0])
 
+    def ends_silent(self, space: int, number: int, seconds: float) -> bool:
+        """End the session that holds a lock and has said nothing for so long, if there is one.
+
+        A process that hangs keeps its connection, and the kernel answers for it.
+        """
+        query = (
+            "SELECT count(pg_terminate_backend(pid))"
+            " FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE locktype = 'advisory' AND granted AND objsubid = 2 AND classid = %s"
+            " AND objid = %s AND database = datid AND datname = current_database()"
+            " AND pid <> pg_backend_pid() AND state_change < now() - make_interval(secs => %s)"
+        )
+        row = self._connection.execute(query, (space, number, seconds)).fetchone()
+        return bool(row and row[0])
+
     def ping(self) -> None:
         """Find out whether the database still answers."""
         self._connection.execute("SELECT 1")

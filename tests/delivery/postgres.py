@@ -109,6 +109,7 @@ class GatewayProcess(ServerProcess):
     """One gateway of several in a home."""
 
     name: str = "west"
+    address: str = ""
 
     @property
     def own(self) -> Path:
@@ -125,4 +126,4 @@ class GatewayProcess(ServerProcess):
 
 def gateway(home: Path, name: str, address: str) -> GatewayProcess:
     words = ("--gateway", name, "--database", address, "--heartbeat-seconds", "0.5")
-    return GatewayProcess(home, words, name=name)
+    return GatewayProcess(home, words, name=name, address=address)
