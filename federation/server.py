@@ -44,6 +44,7 @@ from federation.gateways import Gateway, keep_working
 from federation.homes import ENDPOINTS, folder_of
 from federation.listening import GRACE, LOOPBACK, at_last_port, serve_api
 from federation.metrics import Metrics
+from federation.moving import FILE, check_not_moved, move_in
 from federation.online_keys import online_signer
 from federation.operators import ensure_admin, renew_admin
 from federation.repository import Repository
@@ -150,10 +151,13 @@ def _open(config: ServerConfig) -> _Parts:
     home, now = config.home, datetime.now(UTC)
     (config.own / ENDPOINTS).unlink(missing_ok=True)
     if config.database is None:
-        store = Store.open(home / "fleet.sqlite")
+        check_not_moved(home)
+        store = Store.open(home / FILE)
     else:
         store = Store.connect(config.database, config.gateway or "server")
     with FolderLock(home / "start.lock", patience=60.0).held():  # another may start for the first
+        if store.shared:
+            move_in(store, home)
         ensure_admin(store, home)
         if config.new_admin_token:
             renew_admin(store, home)

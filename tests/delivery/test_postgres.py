@@ -20,8 +20,10 @@ from federation import cli, postgres, turns
 from federation import store as tables
 from federation.client import OperatorClient
 from federation.folder_lock import FolderLock
+from federation.moving import MovingError, check_not_moved, move_in
 from federation.postgres import DatabaseAwayError, DatabaseError
 from federation.repository import Repository
+from federation.rollout import State
 from federation.store import Store
 from protos.messages import DeviceEvent
 from protos.signed import RoundDocument
@@ -364,6 +366,36 @@ def test_a_password_is_not_shown() -> None:
     assert postgres.shown(url) == "postgresql+psycopg://fleet:***@db/airpeft"
     with pytest.raises(DatabaseError, match="is no address"):
         postgres.read_address("://")
+
+
+@needs_postgres
+def test_a_fleet_moves_from_sqlite_with_all_that_it_knows(
+    database: Database, tmp_path: Path
+) -> None:
+    house = House(tmp_path)
+    house.enrol("d-a", "d-b")
+    rollout = test_ticker.roll_out(house, house.publish(1))
+    house.obey(rollout)
+    before, audit = house.fleet.devices(), house.store.verify_audit()
+    house.store.close()
+    house.database = url_of(database.new())
+    check_not_moved(tmp_path)
+    store = Store.connect(house.database)
+    move_in(store, tmp_path)
+    (tmp_path / "fleet.sqlite.moved").rename(tmp_path / "fleet.sqlite")  # killed before the rename
+    move_in(store, tmp_path)
+    with pytest.raises(MovingError, match="start it with --database"):
+        check_not_moved(tmp_path)
+    store.close()
+    house.start_again()
+    assert house.fleet.devices() == before
+    assert house.store.verify_audit() == audit
+    assert test_ticker.run_to_end(house, rollout) is State.DONE
+    with_state = House(tmp_path / "other")
+    with_state.enrol("d-c")
+    with pytest.raises(MovingError, match=r"both .* hold a fleet"):
+        move_in(house.store, with_state.home)
+    house.store.close()
 
 
 @needs_postgres
