@@ -12,7 +12,6 @@ revoked; this is asked again at every wake of a stream, so that a revocation cut
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import random
@@ -255,8 +254,11 @@ class FleetService:
         device, serial = _who(shown)
         if not self._fleet.admits(device, serial):
             if serial and self._fleet.may_be_new(serial):
-                with contextlib.suppress(StorageError):
+                try:
                     await asyncio.to_thread(self._fleet.refresh, device)
+                except StorageError as error:
+                    log.error("%s cannot be looked up: %s", device, error)
+                    await context.abort(Code.UNAVAILABLE, "it is not known who you are: try later")
             if not self._fleet.admits(device, serial):
                 await self._deny(context, device)
         return device, serial

@@ -276,6 +276,7 @@ class Store:
         """
         if self.shared:
             with self._connections.writing() as connection:
+                postgres.hurry(connection)
                 self.announce(connection, what, subject)
 
     def audit(self, limit: int = 200) -> list[dict[str, Any]]:
