@@ -237,7 +237,7 @@ def test_the_database_goes_away_and_comes_back(database: Database, pair: Pair) -
 
 @pytest.fixture
 def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
-    """On PostgreSQL; or as a test asks by ``indirect``. SQLite alone is tests/delivery/test_ticker."""
+    """On PostgreSQL, unless a test asks for more by :data:`on_both`."""
     kind = getattr(request, "param", "postgres")
     url = url_of(request.getfixturevalue("database").new()) if kind == "postgres" else None
     made = House(tmp_path, database=url)
