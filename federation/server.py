@@ -156,13 +156,13 @@ def _open(config: ServerConfig) -> _Parts:
     else:
         store = Store.connect(config.database, config.gateway or "server")
     with FolderLock(home / "start.lock", patience=60.0).held():  # another may start for the first
+        authority = open_authority(home / "authority", now)
         if store.shared:
             move_in(store, home)
+            check_same_fleet(store, authority.pem)
         ensure_admin(store, home)
         if config.new_admin_token:
             renew_admin(store, home)
-        authority = open_authority(home / "authority", now)
-        check_same_fleet(store, authority.pem)
         repository = open_repository(
             home, offline_keys=config.offline_keys, passphrases=config.passphrases, now=now
         )

@@ -22,6 +22,8 @@ from tests.delivery.rig import ServerProcess
 from tests.waiting import until
 
 USER = "nobody" if os.geteuid() == 0 else None  # initdb refuses to run as root
+# Not Popen(user=...): that forks, and gRPC's threads do not survive it.
+AS_USER = ("setpriv", f"--reuid={USER}", "--regid=65534", "--clear-groups") if USER else ()
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 SMALL = {"shared_buffers": "16MB", "max_connections": "60", "autovacuum": "off"}
 
@@ -49,8 +51,8 @@ class Database:
         self.process: subprocess.Popen[bytes] | None = None
         self._made = 0
         words = ["--auth=trust", "--username=fleet", "--no-sync", "--encoding=UTF8", "--locale=C"]
-        command = [str(programs / "initdb"), "-D", str(self.folder / "data"), *words]
-        subprocess.run(command, check=True, capture_output=True, user=USER, cwd="/")
+        command = [*AS_USER, str(programs / "initdb"), "-D", str(self.folder / "data"), *words]
+        subprocess.run(command, check=True, capture_output=True, cwd="/")
 
     def start(self) -> None:
         settings = {
@@ -60,10 +62,11 @@ class Database:
             "unix_socket_directories": str(self.folder),
         }
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        command = [str(self._programs / "postgres"), "-D", str(self.folder / "data"), *options]
+        program = str(self._programs / "postgres")
+        command = [*AS_USER, program, "-D", str(self.folder / "data"), *options]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, user=USER, cwd="/")
-        until(self._answers, what="PostgreSQL")
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
+        until(self._answers, 60.0, what="PostgreSQL")
 
     def stop(self) -> None:
         """At once: every connection is cut."""
