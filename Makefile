@@ -81,7 +81,7 @@ experiments: $(STAMP)  ## train what the tables of the docs show (about an hour 
 lock:  ## resolve the requirements anew and write requirements/lock.txt
 	@folder=$$(mktemp -d) && $(PYTHON) -m venv $$folder \
 		&& $$folder/bin/pip install --quiet 'torch==2.13.0' \
-		&& $$folder/bin/pip install --quiet --editable '.[ray]' --requirement requirements/dev.in setuptools \
+		&& $$folder/bin/pip install --quiet --editable '.[ray,postgres]' --requirement requirements/dev.in setuptools \
 		&& { echo "# Written by make lock: pyproject.toml and requirements/dev.in, resolved."; \
 			 $$folder/bin/pip freeze --all --exclude-editable | grep -vE '^(pip)==' | sed 's/+cpu$$//'; } > requirements/lock.txt; \
 		status=$$?; rm -rf $$folder; exit $$status

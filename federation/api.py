@@ -39,6 +39,7 @@ from federation.fleet import UnknownDeviceError
 from federation.metadata_files import parse_metadata
 from federation.metrics import CONTENT_TYPE
 from federation.operators import Operator, OperatorsError, Right, operator_of
+from federation.postgres import DatabaseAwayError
 from federation.published import NotFoundError, PublishError, ReleaseRecord
 from federation.rollout_book import NoRolloutError
 from federation.waves import RolloutError
@@ -55,6 +56,7 @@ STATUS: dict[type[Exception], int] = {
     PublishError: 409,
     EnrolmentError: 409,
     OperatorsError: 409,
+    DatabaseAwayError: 503,
     StorageError: 507,
 }
 
@@ -167,7 +169,9 @@ def _add_errors(app: FastAPI) -> None:
 def _add_open_routes(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/health")
     def health() -> dict[str, Any]:
-        return {"status": "serving", "trouble": desk.ticker.trouble}
+        status = desk.status()
+        trouble = desk.ticker.trouble or status.get("trouble", "")
+        return {**status, "status": "serving", "trouble": trouble}
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -299,7 +299,14 @@ class FleetService:
         shown = context.auth_context().get("x509_pem_cert", [b""])[0]
         device, serial = _who(shown)
         if not self._fleet.admits(device, serial):
-            raise _denied(device)
+            if serial and self._fleet.may_be_new(serial):
+                try:
+                    await asyncio.to_thread(self._fleet.refresh, device)
+                except StorageError as error:
+                    log.error("%s cannot be looked up: %s", device, error)
+                    raise unstored("who you are") from error
+            if not self._fleet.admits(device, serial):
+                raise _denied(device)
         return device, serial
 
 

@@ -6,8 +6,6 @@ Exit codes: 0 done; 2 bad input, or the server said no.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +15,7 @@ import typer
 from federation.devices_shown import print_devices
 from federation.errors import FederationError
 from federation.rollout_cli import rollout
+from federation.server_cli import server
 from federation.shown import (
     HERE,
     AsFormat,
@@ -42,66 +41,6 @@ fleet = typer.Typer(
     help="List the devices; make enrolment tokens; revoke certificates.",
     epilog="Example: airpeft fleet list",
 )
-
-
-def server(
-    home: Home = HERE,
-    host: Annotated[str, typer.Option(help="Address for devices.")] = "127.0.0.1",
-    advertise: Annotated[
-        str | None, typer.Option(help="Host that devices shall dial, if not --host.")
-    ] = None,
-    fleet_port: Annotated[int, typer.Option(help="0: that of the last start, or free.")] = 0,
-    enrol_port: Annotated[int, typer.Option(help="0: that of the last start, or free.")] = 0,
-    api_port: Annotated[int, typer.Option(help="On loopback; 0: likewise.")] = 0,
-    offline_keys: Annotated[
-        Path | None,
-        typer.Option(help="Root and adapter keys made before (airpeft keys init)."),
-    ] = None,
-    passphrase_file: Annotated[
-        Path | None,
-        typer.Option(help="Passphrase of offline keys; or AIRPEFT_KEY_PASSPHRASE."),
-    ] = None,
-    heartbeat_seconds: Annotated[float, typer.Option(min=0.1, help="On idle streams.")] = 60.0,
-    certificate_days: Annotated[
-        float, typer.Option(min=0.01, max=3650, help="Life of a device certificate.")
-    ] = 30.0,
-    new_admin_token: Annotated[
-        bool, typer.Option("--new-admin-token", help="Replace the operator's token.")
-    ] = False,
-    die_with_parent: Annotated[
-        bool, typer.Option("--die-with-parent", help="End when the starting process ends.")
-    ] = False,
-) -> None:
-    """Run the fleet's server: gRPC for devices, REST for operators, rollouts.
-
-    The first start makes everything in the home folder: authority, keys, repository, database,
-    operator's token. endpoints.json appears there when the server answers.
-
-    Example: airpeft server --home fleet-server --host 0.0.0.0 --advertise fleet.example.org
-    """
-    from federation.first_start import Passphrases
-    from federation.server import ServerConfig, run
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for noisy in ("alembic", "uvicorn", "tuf"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    with plain_errors():
-        run(
-            ServerConfig(
-                home=home,
-                host=host,
-                advertise=advertise,
-                fleet_port=fleet_port,
-                enrol_port=enrol_port,
-                api_port=api_port,
-                offline_keys=offline_keys,
-                passphrases=Passphrases(offline=_passphrase(passphrase_file)),
-                heartbeat_seconds=heartbeat_seconds,
-                certificate_days=certificate_days,
-                new_admin_token=new_admin_token,
-                die_with_parent=die_with_parent,
-            )
-        )
 
 
 WhereOption = Annotated[
@@ -339,12 +278,3 @@ def _tags(given: list[str] | None) -> dict[str, str]:
             raise FederationError(f"--tag {text!r} is not of the form KEY=VALUE")
         tags[key] = value
     return tags
-
-
-def _passphrase(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get("AIRPEFT_KEY_PASSPHRASE") or None
-    try:
-        return file.read_text().rstrip("\n") or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FederationError(f"cannot read the passphrase file {file}: {error}") from error

@@ -7,6 +7,7 @@ with OperatorClient.of_home(Path("fleet")) as operator:
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import quote, urlencode
 import httpx
 
 from federation.errors import FederationError
+from federation.homes import endpoint_files
 
 FINAL = frozenset({"done", "rolled_back", "aborted", "paused", "draft", "awaiting_approval"})
 
@@ -56,14 +58,7 @@ class OperatorClient:
         Raises:
             OperatorError: the server isn't running, or its token file is gone.
         """
-        try:
-            endpoints = json.loads((home / "endpoints.json").read_bytes())
-        except FileNotFoundError:
-            raise OperatorError(
-                f"no server is running in {home}: start it with: airpeft server --home {home}"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise OperatorError(f"cannot read {home / 'endpoints.json'}: {error}") from error
+        address = _served_at(home)
         try:
             token = (home / "admin.token").read_text().strip()
         except OSError as error:
@@ -71,7 +66,7 @@ class OperatorClient:
                 f"cannot read the operator's token {home / 'admin.token'}: {error.strerror};"
                 " give --url and --token-file instead"
             ) from error
-        return cls(f"http://{endpoints['api']}", token)
+        return cls(address, token)
 
     def __enter__(self) -> OperatorClient:
         return self
@@ -310,3 +305,27 @@ def _refusal(answer: httpx.Response) -> OperatorError:
     except (ValueError, AttributeError, TypeError, KeyError):
         message, code = answer.text[:500], ""
     return OperatorError(message or f"HTTP {answer.status_code}", answer.status_code, code)
+
+
+def _served_at(home: Path) -> str:
+    """Address of the server of a home; of the first gateway that answers, where there are some.
+
+    Raises:
+        OperatorError: none is running there.
+    """
+    files = endpoint_files(home)
+    addresses = []
+    for path in files:
+        try:
+            addresses.append(f"http://{json.loads(path.read_bytes())['api']}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OperatorError(f"cannot read {path}: {error}") from error
+    for address in addresses[:-1]:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{address}/v1/health", timeout=5.0, trust_env=False).is_success:
+                return address
+    if addresses:
+        return addresses[-1]
+    raise OperatorError(
+        f"no server is running in {home}: start it with: airpeft server --home {home}"
+    )

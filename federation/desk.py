@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from federation.enrolment import Enrolment
 from federation.fleet import Fleet
@@ -23,6 +24,7 @@ class Desk:
         endpoints: where devices enrol and connect, ``{"enrol": "host:port", "fleet": ...}``.
         wake: called (from any thread) when streams should look again.
         online_key: finds an online key by its identifier, for a change of keys.
+        status: which gateway this is, whether it decides, and what is wrong with its place.
     """
 
     store: Store
@@ -35,3 +37,4 @@ class Desk:
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
     online_key: Callable[[str], Signer]
+    status: Callable[[], dict[str, Any]] = dict

@@ -290,6 +290,7 @@ class Enrolment:
             "expires": issued.expires,
         }
         connection.execute(tables.certificates.insert().values(row))
+        self._store.announce(connection, "enrolled", device_id)
         return issued
 
     def _reply(self, device_id: str, certificate: bytes) -> EnrolReply:

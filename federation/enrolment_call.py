@@ -47,6 +47,7 @@ class EnrolmentService:
         request = await request_of(context, pb.EnrolRequest, self._request)
         try:
             reply = await asyncio.to_thread(self._enrolment.enrol, request)
+            await asyncio.to_thread(self._enrolled, reply.device_id)
         except EnrolmentError as error:
             self._metrics.enrolments.labels(error.reason.value).inc()
             log.warning("enrolment refused from %s: %s", context.peer(), error)
@@ -56,5 +57,4 @@ class EnrolmentService:
             raise unstored("this") from error
         self._metrics.enrolments.labels("enrolled").inc()
         log.info("enrolled %s", reply.device_id)
-        self._enrolled(reply.device_id)
         return bytes(to_wire(reply).SerializeToString())

@@ -8,12 +8,16 @@ Home folder::
     offline-keys/     root and adapter keys: move them away   server.lock     held while it runs
     repository/       signed metadata and payloads
 
+With ``--database`` there is no ``fleet.sqlite``. With ``--gateway NAME`` there may be others: the
+last three of the right column, and the server's own TLS key, lie in ``gateways/NAME/``.
+
 Each thing appears as a whole or not at all, so that a first start which was killed is simply
 started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -26,16 +30,19 @@ from typing import IO
 from aggregation import durable
 from federation.commit import finish
 from federation.errors import FederationError
+from federation.homes import folder_of
 from federation.keys import (
     ADAPTER_NAMES,
     ONLINE_NAME,
     ROOT_NAMES,
     KeyFolder,
+    Signer,
 )
 from federation.online_keys import FOLDER as ONLINE_FOLDER
 from federation.online_keys import key_folder, online_signer
 from federation.reading import Reading
 from federation.repository import Repository
+from federation.shared_folder import lock_of
 
 log = logging.getLogger("airpeft.federation.server")
 
@@ -56,31 +63,66 @@ class Passphrases:
 
 
 def take_home(home: Path) -> IO[str]:
-    """Make the home folder and hold it for this process; keep the result.
+    """Make the home folder and hold it for this process alone; keep the result.
 
     Raises:
         ServerError: not writable, or another server holds it.
     """
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        home.chmod(0o700)
-        lock = (home / "server.lock").open("a+")
-    except OSError as error:
-        raise ServerError(str(durable.storage_error(home, error))) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    lock, taken = _lock(home, fcntl.LOCK_EX)
+    if not taken:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise ServerError(
             f"another server (process {holder}) runs in {home}: stop it, or choose another --home"
-        ) from None
+        )
+    _write_pid(lock)
+    return lock
+
+
+def take_gateway(home: Path, gateway: str) -> contextlib.ExitStack:
+    """Make the home folder and hold it beside other gateways; keep the result.
+
+    Raises:
+        ServerError: not writable, a server holds the home for itself, or a gateway has this name.
+        HomeError: the name is malformed.
+    """
+    own = folder_of(home, gateway)
+    with contextlib.ExitStack() as stack:
+        beside, taken = _lock(home, fcntl.LOCK_SH)
+        stack.callback(beside.close)
+        if not taken:
+            raise ServerError(
+                f"a server runs in {home} without --gateway, and so for itself: stop it, and start"
+                " it again with --database and --gateway NAME"
+            )
+        lock, taken = _lock(own, fcntl.LOCK_EX)
+        stack.callback(lock.close)
+        if not taken:
+            raise ServerError(f"a gateway named {gateway!r} runs in {home}: choose another name")
+        _write_pid(lock)
+        return stack.pop_all()
+
+
+def _lock(folder: Path, operation: int) -> tuple[IO[str], bool]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        lock = (folder / "server.lock").open("a+")
+    except OSError as error:
+        raise ServerError(str(durable.storage_error(folder, error))) from error
+    try:
+        fcntl.flock(lock, operation | fcntl.LOCK_NB)
+    except OSError:
+        return lock, False
+    return lock, True
+
+
+def _write_pid(lock: IO[str]) -> None:
     lock.seek(0)
     lock.truncate()
     lock.write(str(os.getpid()))
     lock.flush()
-    return lock
 
 
 def open_repository(
@@ -101,10 +143,15 @@ def open_repository(
         StorageError: the disk refused.
     """
     folder = home / "repository"
+
+    def find(keyid: str) -> Signer:
+        return online_signer(home, keyid, passphrases.online)
+
     if (folder / "metadata" / "timestamp.json").exists():
-        finish(folder)
-        named = Reading(folder).online_keyid()
-        return Repository(folder, online_signer(home, named, passphrases.online))
+        with lock_of(folder).held():
+            finish(folder)
+            named = Reading(folder).online_keyid()
+        return Repository(folder, find(named), find)
     online = key_folder(home / ONLINE_FOLDER, (ONLINE_NAME,), passphrases.online)
     signer = online.signer(ONLINE_NAME, passphrases.online)
     names = (*ROOT_NAMES, *ADAPTER_NAMES)
@@ -122,13 +169,14 @@ def open_repository(
             raise ServerError(
                 f"{offline_keys} lacks {', '.join(missing)}: make keys with: airpeft keys init"
             )
-    return Repository.create(
+    Repository.create(
         folder,
         root_keys=offline.signers("root-", passphrases.offline),
         adapter_keys=offline.signers("adapters-", passphrases.offline),
         online=signer,
         now=now,
     )
+    return Repository(folder, signer, find)
 
 
 def last_ports(home: Path) -> dict[str, int]:

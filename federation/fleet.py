@@ -7,21 +7,19 @@ acknowledged again without effect. The exact signed bytes are kept.
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sqlalchemy as sa
 
-from aggregation.durable import StorageError
 from federation import store as tables
+from federation.admitted import Admitted
 from federation.errors import FederationError
 from federation.facts import changed_tags, facts
 from federation.filters import Filter
 from federation.orders import FAILURES, Observation
+from federation.presence import Presence
 from federation.reports import ReportError, check_report, consequences, keep_report
 from federation.rollout import Rollout
 from federation.store import Store
@@ -35,11 +33,8 @@ from protos.messages import (
     decode_report,
 )
 
-log = logging.getLogger("airpeft.federation.fleet")
-
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
-HIDDEN = frozenset({"certificate", "public_key"})
-FORGOTTEN = 400 * 86_400.0  # seconds after its end a certificate is not even kept in memory
+HIDDEN = frozenset({"certificate", "public_key", "gateway"})
 
 
 class UnknownDeviceError(FederationError):
@@ -51,39 +46,23 @@ class Fleet:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # serial: (device, expiry); of active devices, read on every call and wake of a device
-        self._serials: dict[str, tuple[str, float]] = {}
-        self._held: dict[str, set[str]] = {}  # serials by device
-        self._lock = threading.Lock()
-        self._flushing = threading.Lock()
-        self._streams: Counter[str] = Counter()
-        self._seen: dict[str, dict[str, Any]] = {}
-        self.refresh()
+        self._admitted, self._presence = Admitted(store), Presence(store)
 
     def refresh(self, device_id: str | None = None) -> None:
-        """Read again who is admitted; one device, or all of them."""
-        devices, issued = tables.devices, tables.certificates
-        query = sa.select(issued.c.serial, issued.c.device_id, issued.c.expires)
-        query = query.join(devices, devices.c.id == issued.c.device_id)
-        query = query.where(devices.c.revoked.is_(None), issued.c.revoked.is_(None))
-        # :meth:`admits` asks the clock; one that is ahead now may be right in a minute.
-        query = query.where(issued.c.expires > self._store.clock() - FORGOTTEN)
-        if device_id is not None:
-            query = query.where(issued.c.device_id == device_id)
-        with self._lock, self._store.read() as connection:
-            found = {r.serial: (r.device_id, r.expires) for r in connection.execute(query)}
-            if device_id is None:
-                self._serials, self._held = found, {}
-            for serial in self._held.pop(device_id or "", ()):
-                self._serials.pop(serial, None)
-            self._serials.update(found)
-            for serial, (owner, _) in found.items():
-                self._held.setdefault(owner, set()).add(serial)
+        """Read again who is admitted; one device, or all of them.
+
+        Raises:
+            StorageError: the database cannot be read; what was known holds on.
+        """
+        self._admitted.refresh(device_id)
 
     def admits(self, device_id: str, serial: str) -> bool:
         """Whether this certificate is an enrolled device's, not expired and not revoked."""
-        known = self._serials.get(serial)
-        return known is not None and known[0] == device_id and self._store.clock() < known[1]
+        return self._admitted.admits(device_id, serial)
+
+    def may_be_new(self, serial: str) -> bool:
+        """Whether another gateway may have issued this certificate a moment ago."""
+        return self._admitted.unasked(serial)
 
     def observe(self, device_id: str, signed: Sequence[SignedReport]) -> tuple[int, list[Report]]:
         """Take in reports, oldest first.
@@ -104,8 +83,8 @@ class Fleet:
         new: list[Report] = []
         news: dict[str, Any] = {}
         refused: ReportError | None = None
-        with self._store.write() as connection:
-            device = _device(connection, device_id)
+        with self._store.write(beside=True) as connection:
+            device = _device(connection, device_id, lock=True)
             last = int(device["last_sequence"])
             for one in signed:
                 try:
@@ -139,10 +118,11 @@ class Fleet:
                 for row in connection.execute(query).mappings()
             }
             rows = [dict(row) for row in connection.execute(devices).mappings()]
+            away = self._presence.elsewhere(connection)
         found = []
         for row in rows:
             release = rollout.targets[rollout.arm(row["id"])].release
-            known_facts = facts(self._plain(row), now)
+            known_facts = facts(self._plain(row, away), now)
             found.append(
                 _observation(row, words.get((row["id"], release), {}), release, known_facts)
             )
@@ -161,7 +141,8 @@ class Fleet:
         query = sa.select(tables.devices).order_by(tables.devices.c.id)
         now = self._store.clock()
         with self._store.read() as connection:
-            rows = [self._plain(dict(row)) for row in connection.execute(query).mappings()]
+            away = self._presence.elsewhere(connection)
+            rows = [self._plain(dict(row), away) for row in connection.execute(query).mappings()]
         return [row for row in rows if where is None or where.matches(facts(row, now))]
 
     def device(self, device_id: str) -> dict[str, Any]:
@@ -175,51 +156,29 @@ class Fleet:
         query = sa.select(table).where(table.c.device_id == device_id)
         query = query.order_by(table.c.sequence.desc()).limit(50)
         with self._store.read() as connection:
-            plain = self._plain(_device(connection, device_id))
+            away = self._presence.elsewhere(connection)
+            plain = self._plain(_device(connection, device_id), away)
             reports = [dict(row) for row in connection.execute(query).mappings()]
         for report in reports:
             report["detail"] = decode_report(report.pop("body")).detail
             del report["signature"]
         return {**plain, "reports": reports}
 
-    @contextmanager
-    def connected(self, device_id: str, timestamp_version: int) -> Iterator[None]:
-        """While a device's stream is open, which also tells what metadata it has.
+    def begin(self) -> None:
+        """Say that no stream is open here yet; see :meth:`connected`.
 
-        Kept in memory and written by :meth:`flush`: when a whole fleet reconnects at once, nobody
-        waits for the disk.
+        Raises:
+            StorageError: the database cannot be written.
         """
-        with self._lock:
-            self._streams[device_id] += 1
-            self._seen[device_id] = {
-                "last_seen": self._store.clock(),
-                "timestamp_version": timestamp_version,
-            }
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._streams[device_id] -= 1
-                seen = self._seen.setdefault(device_id, {})
-                seen["last_seen"] = self._store.clock()
+        self._presence.begin()
+
+    def connected(self, device_id: str, timestamp_version: int) -> AbstractContextManager[None]:
+        """While a device's stream is open, which also tells what metadata it has."""
+        return self._presence.connected(device_id, timestamp_version)
 
     def flush(self) -> None:
         """Write what :meth:`connected` has gathered; on a full disk it stays in memory."""
-        with self._flushing:  # a reader flushes first, and must not overtake one in progress
-            with self._lock:
-                seen, self._seen = self._seen, {}
-            try:
-                self._write_seen(seen)
-            except StorageError as error:
-                log.error("when devices were seen is not stored: %s", error)
-                with self._lock:
-                    self._seen = {**seen, **self._seen}
-
-    def _write_seen(self, seen: Mapping[str, Mapping[str, Any]]) -> None:
-        if seen:
-            with self._store.write() as connection:
-                for device_id, changes in seen.items():
-                    connection.execute(_update(device_id).values(changes))
+        self._presence.flush()
 
     def revoke(self, device_id: str, *, who: str, why: str, serial: str | None = None) -> None:
         """Never admit this device again, and count it for nothing; or one certificate of it.
@@ -245,6 +204,7 @@ class Fleet:
                 connection.execute(change)
                 connection.execute(_update(device_id).values(revoked=now))
                 self._store.log(connection, who, "revoke", device_id, why)
+            self._store.announce(connection, "revoked", device_id)
         self.refresh(device_id)
 
     def tag(
@@ -265,10 +225,11 @@ class Fleet:
             )
             self._store.log(connection, who, "tag", device_id, f"{said}; {why}" if why else said)
 
-    def _plain(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _plain(self, row: Mapping[str, Any], elsewhere: frozenset[str]) -> dict[str, Any]:
         """A device for people: without keys, and with whether its stream is open."""
         plain = {key: value for key, value in row.items() if key not in HIDDEN}
-        return {**plain, "connected": self._streams[str(row["id"])] > 0}
+        name = str(row["id"])
+        return {**plain, "connected": self._presence.here(name) or name in elsewhere}
 
 
 def _observation(
@@ -291,8 +252,10 @@ def _observation(
     )
 
 
-def _device(connection: sa.Connection, device_id: str) -> dict[str, Any]:
+def _device(connection: sa.Connection, device_id: str, *, lock: bool = False) -> dict[str, Any]:
     query = sa.select(tables.devices).where(tables.devices.c.id == device_id)
+    if lock:
+        query = query.with_for_update()
     row = connection.execute(query).mappings().first()
     if row is None:
         raise UnknownDeviceError(f"no device {device_id!r}; see: airpeft fleet list")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
+from federation.homes import endpoint_files
 from federation.key_request import assemble_change, read_change
 from federation.keys import Signer
 from federation.online_keys import newest_file, online_signer
@@ -43,7 +44,7 @@ def publish_change(
     from federation.release_source import server
 
     files, why = assemble_change(request, signatures), read_change(request).why
-    if home is not None and not (home / "endpoints.json").exists():
+    if home is not None and not endpoint_files(home):
         return _in_place(home, files, hold, secret, now)
     with server(home, url, token_file) as operator:
         answer = operator.change_keys(files, hold=hold, why=why)

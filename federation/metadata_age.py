@@ -51,14 +51,21 @@ class Dates:
         self._sent: dict[str, int] = {}
         self._dates = self._read()
 
-    def note(self, version: int) -> None:
+    def note(self, version: int, *, write: bool = True) -> None:
         """This version is current now; new or not.
+
+        Args:
+            version: of the timestamp.
+            write: whether this gateway writes it down; of several, one does.
 
         Raises:
             StorageError: it could not be written down.
         """
         with self._lock:
             if self._dates and self._dates[-1][0] == version:
+                return
+            self._dates = self._read()  # another gateway may have written it down
+            if not write or (self._dates and self._dates[-1][0] == version):
                 return
             now, table = self._store.clock(), tables.timestamps
             with self._store.write() as connection:

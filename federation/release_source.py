@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federation.cli_support import fail
+from federation.homes import endpoint_files
 
 if TYPE_CHECKING:
     from federation.client import OperatorClient
@@ -74,7 +75,7 @@ def offline_files(
     """The files that offline keys have signed, by role, and when every file expires."""
     from federation.reading import Reading
 
-    if repository is None and home is not None and not (home / "endpoints.json").exists():
+    if repository is None and home is not None and not endpoint_files(home):
         repository = home / "repository"  # the server is down: its folder says the same
     if repository is None:
         with server(home, url, token_file) as operator:

@@ -22,6 +22,7 @@ from protos.errors import WireError
 from protos.messages import DeviceEvent, Report, SignedReport, decode_report
 
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
+ROLLOUT_MAX = 64  # characters; a longer name is of no rollout of ours
 
 
 class ReportReason(StrEnum):
@@ -104,7 +105,7 @@ def keep_report(
         mine = (told.c.device_id == report.device_id) & (told.c.release == device["running"])
         update = told.update().where(mine & (told.c.event == DeviceEvent.COMMITTED.value))
         connection.execute(update.values(health_after=asdict(report.health)))
-    if report.event not in OUTCOMES or not report.rollout:
+    if report.event not in OUTCOMES or not 0 < len(report.rollout) <= ROLLOUT_MAX:
         return
     key = {name: row[name] for name in ("rollout", "device_id", "release")}
     match = sa.and_(*(told.c[name] == value for name, value in key.items()))

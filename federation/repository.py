@@ -12,13 +12,13 @@ consistent snapshots::
                timestamp.json
     targets/   adapters/<channel>/<sha256>.<counter>.airpeft    rounds/<sha256>.current
 
-Calls are quick and synchronous, and safe from several threads of one process. They know nothing of
+Calls are quick and synchronous, and safe from several threads and processes: whoever changes
+something holds a lock beside the folder, and begins with what is on the disk. They know nothing of
 devices, of rollouts, or of the network.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from pathlib import Path
 from aggregation import durable
 from federation import roles
 from federation.admission import check_adapters, check_standing
-from federation.commit import ABSURD, CHANGE, finish, half_over, next_files, write
+from federation.commit import ABSURD, half_over, next_files, write
 from federation.founding import first_files, round_file
 from federation.key_admission import check_keys, next_round
 from federation.keys import THRESHOLD, Signer
@@ -39,7 +39,7 @@ from federation.published import (
     ReleaseRecord,
     RepositoryError,
 )
-from federation.reading import Reading
+from federation.shared_folder import SharedReading
 from protos.signed import ROUNDS_ROLE, Revocation, RoundDocument
 
 __all__ = [
@@ -54,24 +54,27 @@ __all__ = [
 OLD_VERSIONS_KEPT = 16
 
 
-class Repository(Reading):
+class Repository(SharedReading):
     """A repository folder; with the online key it can be changed.
 
     Args:
         folder: what :meth:`create` made.
         online: the online key; None for reading alone.
+        find: finds the online key by its identifier, should another process replace it.
 
     Raises:
         RepositoryError: there is no repository, a file is missing or does not verify, or the
             online key is not the one that its root names.
     """
 
-    def __init__(self, folder: Path, online: Signer | None = None) -> None:
-        if online is not None:
-            finish(folder)
-        super().__init__(folder)
-        self._online = online
-        self._lock = threading.RLock()
+    def __init__(
+        self,
+        folder: Path,
+        online: Signer | None = None,
+        find: Callable[[str], Signer] | None = None,
+    ) -> None:
+        super().__init__(folder, finishing=online is not None)
+        self._online, self._find = online, find
         if online is not None:
             self._state.check_online(online.public_key.keyid)
 
@@ -124,8 +127,7 @@ class Repository(Reading):
                 release taken out that the current round hands out.
             StorageError: the disk refused; nothing has changed.
         """
-        with self._lock:
-            self._settle()
+        with self.changing():
             state = self._state
             incoming = check_adapters(state, metadata, payload, now)
             if incoming.repeated:
@@ -153,8 +155,7 @@ class Repository(Reading):
                 it, or something taken back that was said before.
             StorageError: the disk refused; nothing has changed.
         """
-        with self._lock:
-            self._settle()
+        with self.changing():
             incoming = check_standing(self._state, metadata, now)
             if not incoming.repeated:
                 known = self._state.with_verified(incoming.role, metadata, incoming.parsed)
@@ -186,8 +187,7 @@ class Repository(Reading):
             StorageError: the disk refused; nothing has changed, or the change is finished before
                 the next one, or when the repository is opened again.
         """
-        with self._lock:
-            self._settle()
+        with self.changing():
             state = self._state
             incoming = check_keys(state, files, now)
             if incoming.repeated:
@@ -218,8 +218,7 @@ class Repository(Reading):
             PublishError: an old sequence, or an assignment that the adapter keys have not signed.
             StorageError: the disk refused; nothing has changed.
         """
-        with self._lock:
-            self._settle()
+        with self.changing():
             state = self._state
             if document == state.round:
                 return document
@@ -243,20 +242,13 @@ class Repository(Reading):
         Raises:
             StorageError: the disk refused; the old timestamp is still there.
         """
-        with self._lock:
-            self._settle()
+        with self.changing():
             state, changed = self._state, {}
             if half_over(state, ROUNDS_ROLE, now):
                 version = state.signed[ROUNDS_ROLE].version + 1
                 again = roles.rounds(state.round, version, now, self._key())
                 changed[ROUNDS_ROLE] = roles.to_bytes(again)
             self._commit(now, changed, {})
-
-    def _settle(self) -> None:
-        """Carry out first what a full disk has left half done."""
-        if (self.folder / CHANGE).exists():
-            finish(self.folder)
-            self._state = load(self.folder, self._state)
 
     def _commit(
         self,
@@ -283,6 +275,13 @@ class Repository(Reading):
             old = self._state.signed[role].version - OLD_VERSIONS_KEPT
             if old >= 1:
                 (self.folder / "metadata" / f"{old}.{role}.json").unlink(missing_ok=True)
+
+    def _caught_up(self) -> None:
+        """Another process may have brought in another online key."""
+        named = self.online_keyid()
+        if self._online is None or self._find is None or self._online.public_key.keyid == named:
+            return
+        self._online = self._find(named)
 
     def _key(self) -> Signer:
         if self._online is None:

@@ -50,10 +50,15 @@ def record(store: Store, rollout_id: str) -> RolloutRecord:
     return _record(row)
 
 
+def next_number(connection: sa.Connection) -> int:
+    """Which rollout it is that is drafted next, from 1 on."""
+    newest = connection.execute(sa.select(sa.func.max(tables.rollouts.c.number))).scalar()
+    return (newest or 0) + 1
+
+
 def next_id(connection: sa.Connection) -> str:
     """The name of the rollout that is drafted next."""
-    newest = connection.execute(sa.select(sa.func.max(tables.rollouts.c.number))).scalar()
-    return f"r-{(newest or 0) + 1}"
+    return f"r-{next_number(connection)}"
 
 
 def baseline(connection: sa.Connection) -> Target:

@@ -15,13 +15,13 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import uvicorn
+import sqlalchemy as sa
 
 from aggregation import durable
 from federation.api import make_app
@@ -31,19 +31,29 @@ from federation.chunks import ChunkCache
 from federation.clock_jumps import ClockJumps, pause_after
 from federation.desk import Desk
 from federation.enrolment import Enrolment
-from federation.first_start import Passphrases, ServerError, last_ports, open_repository, take_home
+from federation.first_start import (
+    Passphrases,
+    ServerError,
+    last_ports,
+    open_repository,
+    take_gateway,
+    take_home,
+)
 from federation.fleet import Fleet
+from federation.folder_lock import FolderLock
+from federation.gateways import Gateway, keep_working
+from federation.homes import ENDPOINTS, folder_of
+from federation.listening import GRACE, LOOPBACK, at_last_port, serve_api
 from federation.metadata_age import Dates
 from federation.metrics import Metrics
+from federation.moving import FILE, check_not_moved, move_in
 from federation.online_keys import online_signer
 from federation.operators import ensure_admin, renew_admin
 from federation.repository import Repository
+from federation.sharing import check_same_fleet
 from federation.store import Store
 from federation.ticker import Ticker
-from protos.channel import AddressInUseError, Server, serve
-
-LOOPBACK = "127.0.0.1"
-GRACE = 2.0  # seconds for calls in progress at the end
+from protos.channel import Server, serve
 
 log = logging.getLogger("airpeft.federation.server")
 
@@ -62,6 +72,8 @@ class ServerConfig:
         heartbeat_seconds: on idle Watch streams.
         certificate_days: life of a device certificate; devices renew by themselves.
         new_admin_token: replace the operator's token.
+        database: of PostgreSQL; None for an SQLite file in the home.
+        gateway: name of this one, where several share home and database.
         die_with_parent: end when the starting process ends.
     """
 
@@ -78,17 +90,33 @@ class ServerConfig:
     certificate_days: float = 30.0
     new_admin_token: bool = False
     die_with_parent: bool = False
+    database: sa.URL | None = None
+    gateway: str | None = None
+
+    @property
+    def own(self) -> Path:
+        """Folder of what is this gateway's alone."""
+        return folder_of(self.home, self.gateway)
 
 
 def run(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        ServerError: the home is not writable or in use.
+        ServerError: the home is not writable or in use; or a name without a database.
+        StoreError, SharingError, GatewayError: the database cannot be used.
         AddressInUseError: a port is taken.
         FederationError, StorageError: something in the home cannot be read or made.
     """
-    lock = take_home(config.home)
+    if config.gateway is None:
+        lock: IO[str] | contextlib.ExitStack = take_home(config.home)
+    elif config.database is None:
+        raise ServerError(
+            "--gateway needs --database: several gateways share a PostgreSQL database; an SQLite"
+            " file has one server"
+        )
+    else:
+        lock = take_gateway(config.home, config.gateway)
     try:
         asyncio.run(_main(config))
     finally:
@@ -109,7 +137,7 @@ async def _main(config: ServerConfig) -> None:
         await _serve(config, parts, stack)
         await stop.wait()
         log.info("stopping")
-        (config.home / "endpoints.json").unlink(missing_ok=True)
+        (config.own / ENDPOINTS).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -123,15 +151,23 @@ class _Parts:
 
 def _open(config: ServerConfig) -> _Parts:
     home, now = config.home, datetime.now(UTC)
-    (home / "endpoints.json").unlink(missing_ok=True)
-    store = Store.open(home / "fleet.sqlite")
-    ensure_admin(store, home)
-    if config.new_admin_token:
-        renew_admin(store, home)
-    authority = open_authority(home / "authority", now)
-    repository = open_repository(
-        home, offline_keys=config.offline_keys, passphrases=config.passphrases, now=now
-    )
+    (config.own / ENDPOINTS).unlink(missing_ok=True)
+    if config.database is None:
+        check_not_moved(home)
+        store = Store.open(home / FILE)
+    else:
+        store = Store.connect(config.database, config.gateway or "server")
+    with FolderLock(home / "start.lock", patience=60.0).held():  # another may start for the first
+        authority = open_authority(home / "authority", now)
+        if store.shared:
+            move_in(store, home)
+            check_same_fleet(store, authority.pem)
+        ensure_admin(store, home)
+        if config.new_admin_token:
+            renew_admin(store, home)
+        repository = open_repository(
+            home, offline_keys=config.offline_keys, passphrases=config.passphrases, now=now
+        )
     return _Parts(store, authority, repository, Fleet(store), Metrics())
 
 
@@ -140,18 +176,25 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
     loop = asyncio.get_running_loop()
     feed, poke = Feed(parts.repository.bundle), asyncio.Event()
 
-    def wake() -> None:
-        loop.call_soon_threadsafe(feed.wake)
+    def later(action: Callable[[], None]) -> Callable[[], None]:
+        return lambda: _soon(loop, action)
 
+    gateway = Gateway(
+        parts.store, parts.fleet, parts.repository, wake=later(feed.wake), poke=later(poke.set)
+    )
+    stack.push_async_callback(asyncio.to_thread, gateway.close)
+    await asyncio.to_thread(gateway.start)
     life = timedelta(days=config.certificate_days)
     enrolment = Enrolment(parts.store, parts.authority, parts.repository.root, life=life)
-    ticker = Ticker(parts.store, parts.fleet, parts.repository, wake)
+    ticker = Ticker(parts.store, parts.fleet, parts.repository, gateway.wake)
     dates, jumps = Dates(parts.store), ClockJumps(parts.store.clock)
 
-    def turn() -> None:
-        pause_after(jumps.newest(), ticker)
-        ticker.tick()
-        dates.note(parts.repository.versions()["timestamp"])
+    def turn(poked: bool) -> None:
+        jump = jumps.newest()
+        if gateway.leads:
+            pause_after(jump, ticker)
+        gateway.work(ticker, poked)
+        dates.note(parts.repository.versions()["timestamp"], write=gateway.leads)
 
     chunks = ChunkCache(parts.repository.locate, parts.metrics.altered.inc)
     service = FleetService(
@@ -164,9 +207,10 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         sent=dates.sent,
     )
     enrol = EnrolmentService(enrolment, parts.metrics, parts.fleet.refresh)
-    folder, now = config.home / "authority", datetime.now(UTC)
+    now = datetime.now(UTC)
+    folder = config.home / "authority" if config.gateway is None else config.own
     hosts = tuple({config.host, config.advertise or config.host} - {"0.0.0.0", "::"})  # noqa: S104
-    last = last_ports(config.home)
+    last = last_ports(config.own)
 
     async def listen(name: str, register: Any, full_name: str, clients: bool) -> Server:
         tls = server_tls(parts.authority, folder, now, clients=clients, hosts=hosts)
@@ -175,7 +219,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         async def at(port: int) -> Server:
             return await serve(config.host, port, tls, register, [full_name])
 
-        server: Server = await _at_last_port(at, wanted, last.get(name, 0))
+        server: Server = await at_last_port(at, wanted, last.get(name, 0))
         stack.push_async_callback(server.stop, GRACE)
         return server
 
@@ -196,86 +240,23 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         metrics=parts.metrics,
         dates=dates,
         endpoints=lambda: endpoints,
-        wake=wake,
+        wake=gateway.changed,
         online_key=lambda keyid: online_signer(config.home, keyid, config.passphrases.online),
+        status=gateway.status,
     )
-    api_port = await _serve_api(config, desk, last.get("api", 0), stack)
-    ticking = asyncio.create_task(_tick(turn, poke, config.tick_seconds))
+    api_port = await serve_api(make_app(desk), config.api_port, last.get("api", 0), stack)
+    ticking = asyncio.create_task(keep_working(turn, poke, config.tick_seconds))
     stack.push_async_callback(_cancel, ticking)
     ports = {"fleet": fleet_server.port, "enrol": enrol_server.port, "api": api_port}
-    durable.write_bytes(config.home / "ports.json", json.dumps(ports).encode())
+    durable.write_bytes(config.own / "ports.json", json.dumps(ports).encode())
     ready = {**endpoints, "api": f"{LOOPBACK}:{api_port}", "pid": os.getpid()}
-    durable.write_bytes(config.home / "endpoints.json", json.dumps(ready, indent=2).encode())
+    durable.write_bytes(config.own / ENDPOINTS, json.dumps(ready, indent=2).encode())
     log.info("ready: %s", ", ".join(f"{name} {value}" for name, value in ready.items()))
 
 
-class _Api(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals belong to the whole process, not to this part of it."""
-        yield
-
-
-async def _serve_api(
-    config: ServerConfig, desk: Desk, last: int, stack: contextlib.AsyncExitStack
-) -> int:
-    async def at(port: int) -> socket.socket:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((LOOPBACK, port))
-        except OSError as error:
-            listener.close()
-            raise AddressInUseError(
-                f"cannot listen on {LOOPBACK}:{port} ({error.strerror}): stop the process that"
-                " holds the port (ss -ltnp shows it), choose another, or give 0 for a free one"
-            ) from error
-        return listener
-
-    listener = await _at_last_port(at, config.api_port, last)
-    settings = uvicorn.Config(
-        make_app(desk),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=int(GRACE),
-    )
-    server = _Api(settings)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-
-    async def stop() -> None:
-        server.should_exit = True
-        await serving
-
-    stack.push_async_callback(stop)
-    while not server.started:
-        if serving.done():
-            raise ServerError("the operator's interface did not start; the log says why")
-        await asyncio.sleep(0.01)
-    return int(listener.getsockname()[1])
-
-
-async def _at_last_port(at: Callable[[int], Awaitable[Any]], wanted: int, last: int) -> Any:
-    """On the port wanted; for 0 on the last one, or else on any."""
-    if wanted == 0 and last:
-        try:
-            return await at(last)
-        except AddressInUseError as error:
-            log.warning("%s; taking another: devices must be told the new address", error)
-    return await at(wanted)
-
-
-async def _tick(turn: Callable[[], None], poke: asyncio.Event, seconds: float) -> None:
-    while True:
-        poke.clear()
-        try:
-            await asyncio.to_thread(turn)
-        except Exception:
-            # A full disk or a locked database passes; the ticker must still be there then.
-            log.exception("a tick failed; the next one tries again")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await poke.wait()
+def _soon(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there to be told
+        loop.call_soon_threadsafe(action)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -1,8 +1,9 @@
 """The server's database: tables, connections, migrations.
 
 SQLAlchemy Core; SQLite by default (one file, write-ahead log, ``synchronous=FULL``: what was
-committed survives a power cut). Every write runs in one immediate transaction, so that a kill
-leaves it wholly there or not at all, and two writers wait for one another instead of failing.
+committed survives a power cut), PostgreSQL for several gateways (:mod:`federation.postgres`). Every
+write runs in one transaction that waits for the writer before it, so that a kill leaves it wholly
+there or not at all, and what it has read is still true when it writes.
 
 The ``audit`` table only grows: triggers refuse to change or delete a line, and each line carries a
 digest over all before it (:mod:`federation.audit`).
@@ -19,9 +20,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from aggregation.durable import StorageError
+from federation import postgres, upgrading
 from federation.audit import GENESIS, Line, Verdict, digest_of, verify
+from federation.connecting import Connections, sqlite_engine
 from federation.errors import FederationError
-from federation.migrations import HEAD
 
 METADATA = sa.MetaData()
 
@@ -52,6 +54,7 @@ devices = sa.Table(
     sa.Column("running", sa.String(200), nullable=False, server_default=""),
     sa.Column("before", sa.String(200), nullable=False, server_default=""),  # ran before that
     sa.Column("health", sa.JSON),
+    sa.Column("gateway", sa.String(64)),  # where its stream is open, if it is
     sa.Index("devices_by_key", "public_key"),
 )
 certificates = sa.Table(  # every one that was issued to a device; several may hold at a time
@@ -141,6 +144,12 @@ audit = sa.Table(
     sa.Column("digest", sa.String(64), nullable=False, server_default=""),  # federation.audit
 )
 
+marks = sa.Table(  # a few facts that hold for all gateways: federation.turns, federation.sharing
+    "marks",
+    METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
 operators = sa.Table(
     "operators",
     METADATA,
@@ -151,8 +160,6 @@ operators = sa.Table(
     sa.Column("revoked", sa.Float),
 )
 
-_WRITE = "airpeft_write"
-
 
 class StoreError(FederationError):
     """The database cannot be opened, migrated or written; says what to do."""
@@ -161,12 +168,23 @@ class StoreError(FederationError):
 class Store:
     """A database with the newest schema.
 
-    Safe for threads, and on SQLite for several processes.
+    Safe for threads, on SQLite for several processes, on PostgreSQL for several machines.
+
+    Attributes:
+        clock: Unix seconds.
+        gateway: name of the process among those that share the database.
+        shared: whether there may be others.
     """
 
-    def __init__(self, engine: sa.Engine, clock: Callable[[], float] = time.time) -> None:
-        self._engine = engine
-        self.clock = clock
+    def __init__(
+        self,
+        engine: sa.Engine,
+        clock: Callable[[], float] = time.time,
+        gateway: str = "server",
+    ) -> None:
+        self.engine, self.clock, self.gateway = engine, clock, gateway
+        self._connections = Connections(engine)
+        self.shared = self._connections.shared
 
     @classmethod
     def open(cls, path: Path, clock: Callable[[], float] = time.time) -> Store:
@@ -175,51 +193,97 @@ class Store:
         Raises:
             StoreError: not writable, not a database, or made by a newer version.
         """
-        engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        sa.event.listen(engine, "connect", _prepare)
-        sa.event.listen(engine, "begin", _begin)
+        engine = sqlite_engine(path)
         store = cls(engine, clock)
         try:
-            store._migrate(path)
-        except sa.exc.DatabaseError as error:
+            store._upgrade(str(path))
+        except (sa.exc.DatabaseError, StorageError) as error:
             engine.dispose()
             raise StoreError(
-                f"cannot open the database {path}: {error.orig}; check that the folder is"
-                " writable and that the file is an AirPEFT database"
+                f"cannot open the database {path}: {postgres.cause_of(error)}; check that the"
+                " folder is writable and that the file is an AirPEFT database"
+            ) from error
+        return store
+
+    @classmethod
+    def connect(
+        cls, url: sa.URL, gateway: str = "server", clock: Callable[[], float] = time.time
+    ) -> Store:
+        """Open a PostgreSQL database, which must exist, and bring its schema up to date.
+
+        Args:
+            url: see :func:`federation.postgres.read_address`.
+            gateway: name of this process among those that share it.
+            clock: Unix seconds.
+
+        Raises:
+            DatabaseError: psycopg is missing.
+            StoreError: the database is not reached, not ours, or made by a newer version.
+        """
+        engine, where = postgres.make_engine(url), postgres.shown(url)
+        store = cls(engine, clock, gateway)
+        try:
+            store._upgrade(where)
+        except (sa.exc.DatabaseError, StorageError) as error:
+            engine.dispose()
+            raise StoreError(
+                f"cannot open the database {where}: {postgres.cause_of(error)}; check that"
+                " PostgreSQL runs there, that user and database exist (createdb), and the password:"
+                " AIRPEFT_DATABASE_PASSWORD, --database-password-file or ~/.pgpass"
             ) from error
         return store
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A consistent view."""
-        with self._engine.begin() as connection:
+        """A consistent view.
+
+        Raises:
+            StorageError: the database cannot be read.
+        """
+        with self._connections.reading() as connection:
             yield connection
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
+    def write(self, *, beside: bool = False) -> Iterator[sa.Connection]:
         """One transaction: committed and durable at the end, or nothing.
+
+        Args:
+            beside: it touches what belongs to one device, whose row it locks first, and may run
+                beside others of its kind; it must not write to the audit log.
 
         Raises:
             StorageError: the disk is full or gone; nothing has changed.
         """
-        try:
-            writing = self._engine.execution_options(**{_WRITE: True})
-            with writing.begin() as connection:
-                yield connection
-        except sa.exc.OperationalError as error:
-            raise StorageError(
-                f"cannot write to {self._engine.url.database}: {error.orig}; check that the folder"
-                " is writable and the disk not full, then try again"
-            ) from error
+        with self._connections.writing() as connection:
+            if self.shared:
+                postgres.begin_write(connection, beside=beside)
+            yield connection
 
     def log(self, connection: sa.Connection, who: str, action: str, subject: str, why: str) -> None:
         """Add a line to the audit log, in the transaction of what it tells of."""
         newest = sa.select(audit.c.number, audit.c.digest).order_by(audit.c.number.desc()).limit(1)
         last = connection.execute(newest).first()
         number, previous = (last.number, last.digest) if last else (0, GENESIS)
-        fields = (number + 1, self.clock(), who, action, subject, why)
+        words = (_text(who, 100), _text(action, 64), _text(subject, 200), _text(why))
+        fields = (number + 1, self.clock(), *words)
         line = Line(*fields, digest_of(previous, *fields))
         connection.execute(audit.insert().values(line._asdict()))
+
+    def announce(self, connection: sa.Connection, what: str, subject: str = "") -> None:
+        """Tell the other gateways, if there are any, when this transaction is committed."""
+        if self.shared:
+            postgres.announce(connection, self.gateway, what, subject)
+
+    def tell(self, what: str, subject: str = "") -> None:
+        """Tell the other gateways at once; those that do not hear it look by themselves.
+
+        Raises:
+            StorageError: the database does not answer.
+        """
+        if self.shared:
+            with self._connections.writing() as connection:
+                postgres.hurry(connection)
+                self.announce(connection, what, subject)
 
     def audit(self, limit: int = 200) -> list[dict[str, Any]]:
         """The newest lines of the audit log, newest first."""
@@ -239,51 +303,20 @@ class Store:
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self.engine.dispose()
 
-    def _migrate(self, path: Path) -> None:
+    def _upgrade(self, where: str) -> None:
         with self.read() as connection:
-            if sa.inspect(connection).has_table("alembic_version"):
-                found = connection.exec_driver_sql("SELECT version_num FROM alembic_version")
-                if found.scalar() == HEAD:
-                    return
-        from alembic.config import Config
-        from alembic.runtime.environment import EnvironmentContext
-        from alembic.script import ScriptDirectory
-        from alembic.util import CommandError
-
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        script = ScriptDirectory.from_config(config)
-
-        def upgrade(revision: Any, _context: Any) -> Any:
-            return script._upgrade_revs("head", revision)
-
-        try:
-            with (
-                self.write() as connection,
-                EnvironmentContext(config, script, fn=upgrade) as environment,
-            ):
-                environment.configure(connection=connection, target_metadata=METADATA)
-                environment.run_migrations()
-        except CommandError as error:
+            if upgrading.is_current(connection):
+                return
+        with self.write() as connection:
+            trouble = upgrading.upgrade(connection, METADATA)
+        if trouble:
             raise StoreError(
-                f"the database {path} was made by a newer version ({error}): update airpeft"
-            ) from error
-        except StorageError as error:
-            raise StoreError(f"cannot open the database {path}: {error}") from error
+                f"the database {where} was made by a newer version ({trouble}): update airpeft"
+            )
 
 
-def _prepare(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions are ours: see _begin
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin(connection: sa.Connection) -> None:
-    # A deferred transaction that reads and then writes fails with "database is locked" instead of
-    # waiting its turn.
-    write = connection.get_execution_options().get(_WRITE, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+def _text(words: str, limit: int | None = None) -> str:
+    """Words as every database takes them, and gives them back."""
+    return words.replace("\0", "\N{REPLACEMENT CHARACTER}")[:limit]

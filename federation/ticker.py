@@ -5,7 +5,9 @@ round's orders with its sequence, and the audit line; only then the repository i
 written; only then the round is marked as published. A start finds rounds that were decided and
 not published, and publishes the newest of them; publishing the same round twice changes nothing.
 
-One rollout at a time governs the fleet, since there is one round document.
+One rollout at a time governs the fleet, since there is one round document. Where several gateways
+share the database, one of them ticks (:mod:`federation.gateways`), and operators act at any: what
+was decided from a state that is no longer so is never written (:mod:`federation.turns`).
 """
 
 from __future__ import annotations
@@ -14,19 +16,18 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from aggregation.durable import StorageError
 from federation import rollout_book as book
 from federation import store as tables
+from federation import turns
 from federation.fleet import Fleet
-from federation.orders import Orders, Target
+from federation.orders import Target
 from federation.planning import Preview, preview
 from federation.policy import Policy
-from federation.repository import PublishError, Repository
-from federation.roles import LIFETIME
+from federation.publishing import Publisher
+from federation.repository import Repository
 from federation.rollout import ACTIVE, Decision, Rollout, Verb, act, decide
 from federation.rollout_book import RolloutRecord
 from federation.store import Store
@@ -56,9 +57,13 @@ class Ticker:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._fleet, self._repository = store, fleet, repository
-        self._changed = changed
+        self._publisher = Publisher(store, repository, changed)
         self._lock = threading.RLock()
-        self.trouble = ""  # why the last round could not be published; empty when all is well
+
+    @property
+    def trouble(self) -> str:
+        """Why the last round could not be published; empty when all is well."""
+        return self._publisher.trouble
 
     def create(
         self,
@@ -86,9 +91,11 @@ class Ticker:
             RolloutError: an impossible plan, or the fleet has this release already.
         """
         with self._lock, self._store.write() as connection:
+            turns.take(connection)
             rollout = self._draft(connection, release, waves, policy, other)
             now = self._store.clock()
             row = {"id": rollout.id, "created": now, **book.row_of(rollout, now)}
+            row["number"] = book.next_number(connection)
             connection.execute(tables.rollouts.insert().values(row))
             against = f" against {other}" if other else ""
             words = f"release {release}{against}; {why}" if why else f"release {release}{against}"
@@ -165,16 +172,22 @@ class Ticker:
         """
         why = why[:REASON_MAX]
         with self._lock:
-            rollout = self.record(rollout_id).rollout
-            if verb in (Verb.START, Verb.ROLLBACK):
-                self._check_governs(rollout)
-            if verb is Verb.START:
-                with self._store.read() as connection:
-                    rollout = replace(rollout, previous=book.baseline(connection))
-            observations = self._fleet.observations(rollout)
-            decision = act(rollout, verb, observations, self._store.clock(), why, who)
-            self._apply(decision, who, verb.value)
-            self._publish()
+            acted = turns.settled(
+                self._store, lambda turn: self._act(turn, rollout_id, verb, who, why)
+            )
+            self._publisher.publish()
+        return acted
+
+    def _act(self, turn: int, rollout_id: str, verb: Verb, who: str, why: str) -> Rollout:
+        rollout = self.record(rollout_id).rollout
+        if verb in (Verb.START, Verb.ROLLBACK):
+            self._check_governs(rollout)
+        if verb is Verb.START:
+            with self._store.read() as connection:
+                rollout = replace(rollout, previous=book.baseline(connection))
+        observations = self._fleet.observations(rollout)
+        decision = act(rollout, verb, observations, self._store.clock(), why, who)
+        self._apply(decision, who, verb.value, turn)
         return decision.rollout
 
     def tick(self) -> None:
@@ -184,11 +197,11 @@ class Ticker:
             StorageError: the database cannot be written; the next tick tries again.
         """
         with self._lock:
-            self._publish()
+            self._publisher.publish()
             for record in self.records(active=True):
-                self._advance(record.rollout)
+                self._advance(record.rollout.id)
             self._fleet.flush()
-            self._keep_fresh()
+            self._publisher.keep_fresh()
 
     def records(self, *, active: bool = False) -> list[RolloutRecord]:
         """All rollouts, newest first; or only those under way."""
@@ -202,15 +215,21 @@ class Ticker:
         """
         return book.record(self._store, rollout_id)
 
-    def _advance(self, rollout: Rollout) -> None:
+    def _advance(self, rollout_id: str) -> None:
         for _ in range(STEPS_MAX):
+            turn = turns.turn(self._store)
+            rollout = self.record(rollout_id).rollout
+            if rollout.state not in ACTIVE:
+                return
             observations = self._fleet.observations(rollout)
             decision = decide(rollout, observations, self._store.clock())
             if decision == Decision(rollout):
                 return
-            self._apply(decision, "ticker", "decide")
-            self._publish()
-            rollout = decision.rollout
+            try:
+                self._apply(decision, "ticker", "decide", turn)
+            except turns.OvertakenError:
+                continue
+            self._publisher.publish()
 
     def _check_governs(self, rollout: Rollout | None) -> None:
         """Refuse if another rollout is under way, or came after this one."""
@@ -230,9 +249,11 @@ class Ticker:
                     " release that you want"
                 )
 
-    def _apply(self, decision: Decision, who: str, action: str) -> None:
+    def _apply(self, decision: Decision, who: str, action: str, turn: int) -> None:
         rollout, now = decision.rollout, self._store.clock()
+        self._repository.refresh()
         with self._store.write() as connection:
+            turns.take(connection, turn)
             update = tables.rollouts.update().where(tables.rollouts.c.id == rollout.id)
             connection.execute(update.values(book.row_of(rollout, now)))
             if decision.orders is not None:
@@ -249,43 +270,3 @@ class Ticker:
                 self._store.log(connection, who, action, rollout.id, decision.line)
         if decision.line:
             log.info("rollout %s: %s", rollout.id, decision.line)
-
-    def _publish(self) -> None:
-        """Publish the newest round that was decided and not published, if there is one."""
-        table = tables.rounds
-        query = sa.select(table).where(table.c.published.is_(None))
-        with self._store.read() as connection:
-            row = connection.execute(query.order_by(table.c.sequence.desc()).limit(1)).first()
-        if row is None:
-            return
-        try:
-            if row.sequence > self._repository.round().sequence:
-                document = Orders.from_mapping(row.orders).to_document(row.sequence, row.rollout)
-                self._repository.publish_round(document, now=self._now())
-        except (PublishError, StorageError) as error:
-            if str(error) != self.trouble:
-                log.error("round %d is not published: %s", row.sequence, error)
-            self.trouble = str(error)
-            return
-        self.trouble = ""
-        self._changed()  # before the mark, so that a full disk doesn't keep devices waiting
-        with self._store.write() as connection:
-            done = table.update().where(table.c.sequence <= row.sequence)
-            connection.execute(
-                done.where(table.c.published.is_(None)).values(published=self._store.clock())
-            )
-
-    def _keep_fresh(self) -> None:
-        """Date the timestamp anew when a quarter of its life is over."""
-        now = self._now()
-        for expiry in self._repository.expiries():
-            if expiry.role == "timestamp" and expiry.expires - now < LIFETIME["timestamp"] * 3 / 4:
-                try:
-                    self._repository.refresh_timestamp(now)
-                except StorageError as error:
-                    log.error("the timestamp is not refreshed: %s", error)
-                    return
-                self._changed()
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._store.clock(), UTC)

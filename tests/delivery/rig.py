@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from cryptography import x509
@@ -78,8 +78,17 @@ class ServerProcess:
     process: subprocess.Popen[bytes] | None = None
     endpoints: dict[str, Any] = field(default_factory=dict)
 
-    def start(self) -> ServerProcess:
-        log = (self.home.parent / f"{self.home.name}.log").open("ab")
+    @property
+    def own(self) -> Path:
+        """Where its endpoints.json appears."""
+        return self.home
+
+    @property
+    def log_file(self) -> Path:
+        return self.home.parent / f"{self.own.name}.log"
+
+    def start(self) -> Self:
+        log = self.log_file.open("ab")
         command = [sys.executable, "-m", "airpeft", "server", "--home", str(self.home)]
         command += ["--die-with-parent", *self.arguments]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -91,13 +100,13 @@ class ServerProcess:
         assert self.process is not None
         assert self.process.poll() is None, self.log()
         try:
-            found = json.loads((self.home / "endpoints.json").read_text())
+            found = json.loads((self.own / "endpoints.json").read_text())
         except (OSError, ValueError):
             return None
         return dict(found) if found["pid"] == self.process.pid else None
 
     def log(self) -> str:
-        return (self.home.parent / f"{self.home.name}.log").read_text()
+        return self.log_file.read_text()
 
     def kill(self) -> None:
         assert self.process is not None

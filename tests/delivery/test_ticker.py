@@ -55,6 +55,7 @@ class House:
 
     home: Path
     now: list[float] = field(default_factory=lambda: [START])
+    database: sa.URL | None = None
 
     def __post_init__(self) -> None:
         moment = datetime.fromtimestamp(self.now[0], UTC)
@@ -69,7 +70,10 @@ class House:
         """What a new process finds."""
         if hasattr(self, "store"):
             self.store.close()
-        self.store = Store.open(self.home / "fleet.sqlite", lambda: self.now[0])
+        if self.database is None:
+            self.store = Store.open(self.home / "fleet.sqlite", lambda: self.now[0])
+        else:
+            self.store = Store.connect(self.database, clock=lambda: self.now[0])
         self.fleet = Fleet(self.store)
         kind = repository or Repository
         self.repository = kind(self.home / "repository", self.repository._online)

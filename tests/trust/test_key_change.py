@@ -473,6 +473,22 @@ def test_signatures_of_another_request_and_other_files(people: Ceremony, tmp_pat
         read_change(tmp_path / "nothing")
 
 
+def test_another_gateway_goes_on_with_the_new_online_key(
+    publisher: Publisher, people: Ceremony
+) -> None:
+    request = people.request(people.swap("online", "online", "online-2"))
+    people.sign(request, ROOTS)
+    folder, new = publisher.repository.folder, people.known["online-2"]
+    other = Repository(folder, publisher.online, lambda _: new)
+    publisher.repository.publish_keys(
+        assemble_change(request), now=publisher.now, online=lambda _: new
+    )
+    before = publisher.repository.versions()["timestamp"]
+    other.refresh_timestamp(publisher.now)
+    assert other.online_keyid() == new.public_key.keyid
+    assert Repository(folder, new).versions()["timestamp"] == before + 1
+
+
 # Durability
 
 
