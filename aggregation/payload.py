@@ -103,8 +103,7 @@ def encode(adapter: Adapter, *, dtype: Dtype = "bf16") -> Payload:
     frame = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True).compress(body)
     head = MAGIC + bytes([VERSION, _CODES[dtype]]) + len(spec_json).to_bytes(4, "little")
     data = head + spec_json + frame
-    digest = hashlib.sha256(data).hexdigest()
-    return Payload(data, digest, len(data), decoded.digest, len(body))
+    return Payload(data, digest_of(data), len(data), decoded.digest, len(body))
 
 
 def decode(
@@ -142,6 +141,11 @@ def decode(
     if not hmac.compare_digest(adapter.digest, adapter_digest):
         raise PayloadError(f"the adapter has digest {adapter.digest}, expected {adapter_digest}")
     return adapter
+
+
+def digest_of(data: bytes) -> str:
+    """What a payload is known by: its SHA-256, as hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def peek_spec(data: bytes | BinaryIO, spec_digest: str) -> AdapterSpec:

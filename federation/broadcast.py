@@ -25,11 +25,13 @@ from google.protobuf.message import DecodeError, Message
 
 from aggregation.durable import StorageError
 from federation.chunks import ChunkCache
+from federation.content_keys import ContentKeys
 from federation.enrolment import Enrolment, EnrolmentError
 from federation.fleet import Fleet, UnknownDeviceError
 from federation.metrics import Metrics
 from federation.published import NotFoundError
 from federation.reports import ReportError, ReportReason
+from federation.wrap_shelf import WrapShelf
 from protos.errors import WireError
 from protos.generated import fleet_pb2 as pb
 from protos.messages import Heartbeat, MetadataBundle, ReportAck, from_wire, to_wire
@@ -93,7 +95,7 @@ class Feed:
 
 
 class FleetService:
-    """The three calls of an enrolled device.
+    """The calls of an enrolled device.
 
     Args:
         fleet: who is admitted, and where reports go.
@@ -101,6 +103,7 @@ class FleetService:
         chunks: what Fetch sends.
         metrics: what is counted.
         reported: called (in the event loop) when there are new reports.
+        wraps: wrapped content keys; None: there are none.
         heartbeat: seconds between two of them.
         downloads: Fetch calls at once; eight times as many wait for a place.
         patience: seconds that one of them waits.
@@ -115,6 +118,7 @@ class FleetService:
         metrics: Metrics,
         reported: Callable[[], None],
         *,
+        wraps: WrapShelf | None = None,
         heartbeat: float = HEARTBEAT,
         downloads: int = DOWNLOADS,
         patience: float = PATIENCE,
@@ -122,6 +126,7 @@ class FleetService:
     ) -> None:
         self._fleet, self._feed, self._chunks, self._metrics = fleet, feed, chunks, metrics
         self._reported, self._heartbeat = reported, heartbeat
+        self._keys = ContentKeys(wraps, metrics)
         self._places, self._waiting = asyncio.Semaphore(downloads), 0
         self._room, self._patience, self._stall = WAITING * downloads, patience, stall
         self._turned_away, self._turned_until = 0, 0.0
@@ -132,6 +137,7 @@ class FleetService:
             "Watch": grpc.unary_stream_rpc_method_handler(self.watch),
             "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch),
             "Report": grpc.unary_unary_rpc_method_handler(self.report),
+            "ContentKey": grpc.unary_unary_rpc_method_handler(self.content_key),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(FLEET, handlers),))
 
@@ -247,6 +253,13 @@ class FleetService:
         if new:
             self._reported()
         return bytes(to_wire(ReportAck(through)).SerializeToString())
+
+    async def content_key(self, raw: bytes, context: Context) -> bytes:
+        """The content key of a payload as it is wrapped to the calling device."""
+        await self._admit(context)
+        request = await _parse(pb.ContentKeyRequest, raw, context, self._metrics)
+        shown = context.auth_context()["x509_pem_cert"][0]
+        return await self._keys.answer(request.sha256, shown, context)
 
     async def _admit(self, context: Context) -> tuple[str, str]:
         """Name and serial of the calling device, or the end of the call."""

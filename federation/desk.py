@@ -12,6 +12,7 @@ from federation.metrics import Metrics
 from federation.repository import Repository
 from federation.store import Store
 from federation.ticker import Ticker
+from federation.wrap_shelf import WrapShelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Desk:
         endpoints: where devices enrol and connect, ``{"enrol": "host:port", "fleet": ...}``.
         wake: called (from any thread) when streams should look again.
         online_key: finds an online key by its identifier, for a change of keys.
+        wraps: the wrapped content keys of encrypted releases.
     """
 
     store: Store
@@ -33,3 +35,4 @@ class Desk:
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
     online_key: Callable[[str], Signer]
+    wraps: WrapShelf

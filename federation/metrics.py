@@ -30,6 +30,9 @@ class Metrics:
         self.bundles = counter("airpeft_bundles_pushed_total", "Metadata bundles pushed.")
         self.fetches = counter("airpeft_fetches_total", "Downloads by how they ended.", "result")
         self.fetched = counter("airpeft_fetch_bytes_total", "Payload and metadata bytes sent.")
+        self.content_keys = counter(
+            "airpeft_content_keys_total", "Wrapped content keys that devices asked for.", "result"
+        )
         self.stalled = counter("airpeft_stalled_readers_total", "Downloads that nobody read.")
         self.malformed = counter(
             "airpeft_malformed_requests_total", "Requests that do not parse, or out of bounds."

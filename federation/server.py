@@ -35,9 +35,11 @@ from federation.fleet import Fleet
 from federation.metrics import Metrics
 from federation.online_keys import online_signer
 from federation.operators import ensure_admin, renew_admin
+from federation.readers import barred_keys
 from federation.repository import Repository
 from federation.store import Store
 from federation.ticker import Ticker
+from federation.wrap_shelf import WrapShelf
 from protos.channel import AddressInUseError, Server, serve
 
 LOOPBACK = "127.0.0.1"
@@ -144,6 +146,8 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
     life = timedelta(days=config.certificate_days)
     enrolment = Enrolment(parts.store, parts.authority, parts.repository.root, life=life)
     ticker = Ticker(parts.store, parts.fleet, parts.repository, wake)
+    wraps = WrapShelf(parts.repository.folder)
+    wraps.drop(barred_keys(parts.store))  # of devices revoked when a kill came in between
     chunks = ChunkCache(parts.repository.locate, parts.metrics.altered.inc)
     service = FleetService(
         parts.fleet,
@@ -151,6 +155,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         chunks,
         parts.metrics,
         poke.set,
+        wraps=wraps,
         heartbeat=config.heartbeat_seconds,
     )
     enrol = EnrolmentService(enrolment, parts.metrics, parts.fleet.refresh)
@@ -187,6 +192,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         endpoints=lambda: endpoints,
         wake=wake,
         online_key=lambda keyid: online_signer(config.home, keyid, config.passphrases.online),
+        wraps=wraps,
     )
     api_port = await _serve_api(config, desk, last.get("api", 0), stack)
     ticking = asyncio.create_task(_tick(ticker, poke, config.tick_seconds))
