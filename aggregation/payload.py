@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import Literal, Protocol
 
 import zstandard
 
@@ -106,8 +106,15 @@ def encode(adapter: Adapter, *, dtype: Dtype = "bf16") -> Payload:
     return Payload(data, digest_of(data), len(data), decoded.digest, len(body))
 
 
+class Readable(Protocol):
+    """All that is asked of a file to decode from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to ``size`` bytes."""
+
+
 def decode(
-    data: bytes | BinaryIO,
+    data: bytes | Readable,
     *,
     spec_digest: str,
     adapter_digest: str,
@@ -148,7 +155,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def peek_spec(data: bytes | BinaryIO, spec_digest: str) -> AdapterSpec:
+def peek_spec(data: bytes | Readable, spec_digest: str) -> AdapterSpec:
     """The specification of a payload, checked against its signed digest; the body stays closed.
 
     Raises:
@@ -158,7 +165,7 @@ def peek_spec(data: bytes | BinaryIO, spec_digest: str) -> AdapterSpec:
     return _open(_bounded(data, limits), spec_digest, limits)[0]
 
 
-def _bounded(data: bytes | BinaryIO, limits: PayloadLimits) -> bytes:
+def _bounded(data: bytes | Readable, limits: PayloadLimits) -> bytes:
     raw = data if isinstance(data, bytes) else data.read(limits.max_bytes + 1)
     if len(raw) > limits.max_bytes:
         raise PayloadError(f"the payload is larger than {limits.max_bytes} bytes")

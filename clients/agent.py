@@ -25,6 +25,7 @@ from pathlib import Path
 from aggregation.durable import StorageError
 from clients.agent_policy import AgentPolicy
 from clients.connection import Connection, ConnectionLost, Denied
+from clients.content_keys import ContentKeys
 from clients.health import measure as measure_health
 from clients.install import Installer, Outcome
 from clients.leaving import Leaving
@@ -84,6 +85,7 @@ class Agent:
         backoff: makes a back-off from its two bounds.
         permission: says when a release may be loaded; None: whenever its window is open.
         expiring: whether the link shall be opened anew, for a new certificate.
+        keys: opens the content keys of encrypted releases; None: this device reads none.
         on_report: is shown each report, for metrics.
     """
 
@@ -104,6 +106,7 @@ class Agent:
         permission: Permission | None = None,
         sources: Sources | None = None,
         expiring: Callable[[], bool] = lambda: False,
+        keys: ContentKeys | None = None,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
@@ -134,6 +137,7 @@ class Agent:
             backoff=backoff(*policy.reconnect),
             stop=self._stop,
             forget=trust.remember_bad,
+            keys=keys,
             now=now,
         )
         self._leaving = Leaving(trust, slots, runtime, self._installer, self._reporter)
@@ -287,6 +291,7 @@ class Agent:
             lambda: self._trust.remember_bad(release),
             hold=hold,
             bake_seconds=release.bake_seconds,
+            places=self._sources.places(connection),
         )
         self.status.waiting = wait.why if wait is not None else ""
         if wait is not None and outcome is Outcome.WAITING:
