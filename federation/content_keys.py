@@ -46,7 +46,7 @@ class ContentKeys:
         except NoWrapError as error:
             result = "not-wrapped"
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        except (WrapShelfError, OSError) as error:
+        except WrapShelfError as error:
             log.error("wrapped keys of %s: %s", sha256, error)
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE, "the server cannot read its wrapped keys: try later"

@@ -50,8 +50,7 @@ class WrapShelf:
         """All of one payload's; empty where there are none.
 
         Raises:
-            WrapShelfError: the file is damaged.
-            OSError: it cannot be read.
+            WrapShelfError: the file is damaged, or cannot be read.
         """
         file = self._repository / wraps_path(sha256)
         try:
@@ -64,6 +63,8 @@ class WrapShelf:
                 found = Wraps.from_bytes(stream.read(MAX_BYTES + 1), sha256)
         except FileNotFoundError:
             return Wraps(sha256, {})
+        except OSError as error:
+            raise WrapShelfError(f"cannot read {file}: {error.strerror}") from error
         except WrapError as error:
             raise WrapShelfError(
                 f"{file}: {error}; remove it and wrap again: airpeft release wrap"
@@ -75,8 +76,7 @@ class WrapShelf:
         """One recipient's wrapped key for one payload, if there is one.
 
         Raises:
-            WrapShelfError: the file is damaged.
-            OSError: it cannot be read.
+            WrapShelfError: the file is damaged, or cannot be read.
         """
         return self.get(sha256).find(public)
 
@@ -86,8 +86,7 @@ class WrapShelf:
         Raises:
             NoKeyError: its certificate names no encryption key.
             NoWrapError: nothing was wrapped to it.
-            WrapShelfError: the file is damaged.
-            OSError: it cannot be read.
+            WrapShelfError: the file is damaged, or cannot be read.
         """
         public = _encryption_key(certificate)
         if public is None:
