@@ -105,7 +105,10 @@ def test_a_device_of_an_older_agent_brings_its_key_by_itself(fleet: SecretFleet)
         connection.content_key(record.sha256)
     connection.close()
     keeper = Keeper(
-        home, who, now=lambda: datetime.now(UTC), backoff=Backoff(random.Random(1), base=0.01)  # noqa: S311
+        home,
+        who,
+        now=lambda: datetime.now(UTC),
+        backoff=Backoff(random.Random(1), base=0.01),  # noqa: S311
     )
     assert not keeper.is_due()
     keys = ContentKeys(who.encryption_pem, lacking=keeper.ask_for_reader)
