@@ -18,7 +18,9 @@ def show_release(output: Format, data: dict[str, Any]) -> None:
         fields["evaluation"] = [data["evaluation"], *data["more_evaluations"]]
     if "sizes" in fields:
         fields["sizes"] = _weights(fields["sizes"])
-    for name in ("privacy", "lineage", "evaluation", "hardware", "seal", "readers"):
+    if "readers" in fields:
+        fields["readers"] = _readers(fields["readers"])
+    for name in ("privacy", "lineage", "evaluation", "hardware", "seal"):
         if name in fields:
             fields[name] = _words(name, fields[name])
     for name in ("runtime", "signed_by", "critical"):
@@ -55,6 +57,16 @@ def _weights(sizes: dict[str, int]) -> str:
             f"; encryption adds {sizes['sealing']} bytes, wrapped keys are {sizes['wraps']} bytes"
         )
     return said
+
+
+def _readers(readers: dict[str, Any]) -> str:
+    """Who can read an encrypted release, for people."""
+    lacking = readers["lacking"]
+    said = f"{readers['devices']} enrolled devices"
+    if lacking:
+        said += f"; without an encryption key yet: {', '.join(lacking[:5])}"
+        said += ", ..." if len(lacking) > 5 else ""
+    return f"{said}; more of them later by: airpeft release wrap"
 
 
 def epsilon(privacy: dict[str, Any]) -> str:

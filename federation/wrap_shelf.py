@@ -7,9 +7,11 @@ to a device that was revoked. A file is replaced as a whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography import x509
@@ -19,7 +21,8 @@ from federation.errors import FederationError
 from protos.recipients import RecipientError, encryption_key
 from protos.wraps import MAX_BYTES, WrapError, Wraps, wraps_path
 
-FOLDER = "wraps"
+FOLDER, LOCK = "wraps", ".lock"
+READ = 8  # files that are kept in memory; devices ask for those of the current round
 
 
 class WrapShelfError(FederationError):
@@ -35,7 +38,7 @@ class NoWrapError(FederationError):
 
 
 class WrapShelf:
-    """The wrapped keys in one repository's folder; safe for threads.
+    """The wrapped keys in one repository's folder; safe for threads and for several processes.
 
     Args:
         repository: the folder with ``metadata/`` and ``targets/``.
@@ -69,6 +72,8 @@ class WrapShelf:
             raise WrapShelfError(
                 f"{file}: {error}; remove it and wrap again: airpeft release wrap"
             ) from None
+        while len(self._read) >= READ:
+            self._read.pop(next(iter(self._read)), None)
         self._read[sha256] = (stamp, found)
         return found
 
@@ -113,7 +118,7 @@ class WrapShelf:
             WrapShelfError: the file is damaged, or there would be too many.
             StorageError: the disk refused; nothing has changed.
         """
-        with self._lock:
+        with self._alone():
             before = self.get(more.sha256)
             try:
                 after = before.merged(more, barred)
@@ -131,7 +136,9 @@ class WrapShelf:
             StorageError: the disk refused; doing it again finishes it.
         """
         gone = 0
-        with self._lock:
+        if not publics or not (self._repository / FOLDER).is_dir():
+            return 0
+        with self._alone():
             for file in sorted((self._repository / FOLDER).glob("*.wraps")):
                 before = self.get(file.stem)
                 after = before.merged(Wraps(file.stem, {}), publics)
@@ -139,6 +146,18 @@ class WrapShelf:
                     self._write(after)
                     gone += len(before.entries) - len(after.entries)
         return gone
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else changes what is here, in this process or in another."""
+        folder = self._repository / FOLDER
+        try:
+            durable.make_folder(folder)
+            with self._lock, (folder / LOCK).open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise durable.storage_error(folder, error) from error
 
     def _write(self, wraps: Wraps) -> None:
         durable.write_bytes(self._repository / wraps_path(wraps.sha256), wraps.to_bytes())

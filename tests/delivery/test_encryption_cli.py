@@ -98,7 +98,7 @@ def test_the_life_of_an_encrypted_release(
     text = run(release, *make, *to, "-o", request)
     assert "MB to fetch" in text
     assert "encryption adds" in text
-    assert "devices 2, lacking old" in text
+    assert "2 enrolled devices; without an encryption key yet: old" in text
     found = json.loads((request / "request.json").read_text())
     sha256, plain = found["sha256"], payload.encode(ADAPTER)
     assert found["length"] == sealed.sealed_length(plain.length)
