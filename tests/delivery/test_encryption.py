@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import random
 import subprocess
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from aggregation import payload, sealed
 from aggregation.durable import StorageError
@@ -29,13 +32,14 @@ from clients.sources import open_sources
 from clients.trust import SignedRelease
 from federation import release
 from federation.authority import spki
+from federation.enrolment import EnrolmentError
 from federation.mirror import FolderShelf, export_mirror
 from federation.published import PublishError
 from federation.readers import ReaderError, active_certificates, barred_keys, read_readers
 from federation.release_request import WRAPS
 from federation.sealing import SealingError, load_sealing_key, make_sealing_key
 from federation.wrap_shelf import WrapShelf, WrapShelfError
-from protos.messages import DeviceEvent, RejectReason
+from protos.messages import DeviceEvent, EnrolRequest, RejectReason
 from protos.recipients import RecipientError, encryption_key, extension, private_key
 from protos.signed import ReleaseStatement, StatementError
 from protos.wraps import WRAPPED, WrapError, Wraps, tag_of, unwrap, wrap, wraps_path
@@ -342,6 +346,34 @@ def test_a_wrapped_key_opens_with_its_key_for_its_payload_alone() -> None:
             wrap(KEY, low, SHA)
 
 
+def test_a_wrapped_key_is_what_rfc_9180_says() -> None:
+    """Opened by the RFC's own words (sections 4 and 5), without the library that wrapped it."""
+    mine = X25519PrivateKey.generate()
+    public = mine.public_key().public_bytes_raw()
+    wrapped = wrap(KEY, public, SHA)
+
+    def extract(suite: bytes, salt: bytes, label: bytes, material: bytes) -> bytes:
+        return hmac.digest(salt or bytes(32), b"HPKE-v1" + suite + label + material, "sha256")
+
+    def expand(suite: bytes, secret: bytes, label: bytes, info: bytes, length: int) -> bytes:
+        text = length.to_bytes(2, "big") + b"HPKE-v1" + suite + label + info
+        return hmac.digest(secret, text + b"\x01", "sha256")[:length]
+
+    kem, suite = b"KEM\x00\x20", b"HPKE\x00\x20\x00\x01\x00\x03"
+    enc, text = wrapped[:32], wrapped[32:]
+    shared = mine.exchange(X25519PublicKey.from_public_bytes(enc))
+    shared = expand(kem, extract(kem, b"", b"eae_prk", shared), b"shared_secret", enc + public, 32)
+    info = b"airpeft.v1 content key\0" + bytes.fromhex(SHA)
+    context = b"\0" + extract(suite, b"", b"psk_id_hash", b"")
+    context += extract(suite, b"", b"info_hash", info)
+    secret = extract(suite, shared, b"secret", b"")
+    key, nonce = (
+        expand(suite, secret, name, context, size)
+        for name, size in ((b"key", 32), (b"base_nonce", 12))
+    )
+    assert ChaCha20Poly1305(key).decrypt(nonce, text, b"") == KEY
+
+
 def test_a_file_of_wrapped_keys_is_read_whole_or_not_at_all() -> None:
     publics = [X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(3)]
     wraps = Wraps.to(KEY, SHA, publics)
@@ -391,6 +423,11 @@ def test_an_encryption_key_is_bound_to_the_identity_that_signed_it(fleet: Secret
     pem = forged.public_bytes(identity.serialization.Encoding.PEM)
     with pytest.raises(ReaderError, match="kitchen cannot be used"):
         read_readers({"kitchen": pem})
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    request = request.add_extension(extension(mallory, public), critical=False)
+    asked = request.sign(key, hashes.SHA256()).public_bytes(identity.serialization.Encoding.PEM)
+    with pytest.raises(EnrolmentError, match=r"bad-request.*not signed by the identity"):
+        fleet.gateway.enrolment.enrol(EnrolRequest(token="", certificate_request=asked))
     pinned = {"kitchen": spki(mallory.public_key())}
     with pytest.raises(ReaderError, match="another identity than the roster"):
         read_readers(certificates, pinned)
