@@ -16,7 +16,7 @@ from federation.api_bodies import WrapsRequest
 from federation.desk import Desk
 from federation.filters import Filter
 from federation.published import PublishError, ReleaseRecord
-from federation.readers import active_certificates, barred_keys
+from federation.readers import active_certificates, barred_keys, read_readers
 from protos.wraps import WrapError, Wraps
 
 Where = Annotated[str, Query(max_length=1000)]
@@ -80,3 +80,12 @@ def keep_wraps(desk: Desk, record: ReleaseRecord, data: str) -> int:
     except (binascii.Error, WrapError) as error:
         raise HTTPException(422, f"wraps: {error}") from error
     return desk.wraps.add(more, barred_keys(desk.store))
+
+
+def lacking_key(desk: Desk, record: ReleaseRecord) -> frozenset[str]:
+    """The devices to which the key of an encrypted release is not wrapped."""
+    if record.statement.seal is None:
+        return frozenset()
+    held, found = desk.wraps.get(record.sha256), read_readers(active_certificates(desk.store))
+    without = {name for name, public in found.keys.items() if held.find(public) is None}
+    return frozenset({*without, *found.lacking})

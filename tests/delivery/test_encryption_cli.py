@@ -127,6 +127,9 @@ def test_the_life_of_an_encrypted_release(
 
     # A device that comes later.
     late = enrolled(operator, tmp_path, "late")
+    plan = operator.plan_rollout("stable-1", ["100%"])
+    assert plan["waves"][0]["unreadable"] == 2, "the late one, and the old one"
+    assert "2 devices lack the key of an encrypted release" in " ".join(plan["warnings"])
     with pytest.raises(Denied, match="airpeft release wrap"):
         asks(late, sha256)
     wrap = ("wrap", "--key", key, *here, "--passphrase-file", secret)
