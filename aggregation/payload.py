@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import Literal, Protocol
 
 import zstandard
 
@@ -103,12 +103,18 @@ def encode(adapter: Adapter, *, dtype: Dtype = "bf16") -> Payload:
     frame = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True).compress(body)
     head = MAGIC + bytes([VERSION, _CODES[dtype]]) + len(spec_json).to_bytes(4, "little")
     data = head + spec_json + frame
-    digest = hashlib.sha256(data).hexdigest()
-    return Payload(data, digest, len(data), decoded.digest, len(body))
+    return Payload(data, digest_of(data), len(data), decoded.digest, len(body))
+
+
+class Readable(Protocol):
+    """All that is asked of a file to decode from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to ``size`` bytes."""
 
 
 def decode(
-    data: bytes | BinaryIO,
+    data: bytes | Readable,
     *,
     spec_digest: str,
     adapter_digest: str,
@@ -144,7 +150,12 @@ def decode(
     return adapter
 
 
-def peek_spec(data: bytes | BinaryIO, spec_digest: str) -> AdapterSpec:
+def digest_of(data: bytes) -> str:
+    """What a payload is known by: its SHA-256, as hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def peek_spec(data: bytes | Readable, spec_digest: str) -> AdapterSpec:
     """The specification of a payload, checked against its signed digest; the body stays closed.
 
     Raises:
@@ -154,7 +165,7 @@ def peek_spec(data: bytes | BinaryIO, spec_digest: str) -> AdapterSpec:
     return _open(_bounded(data, limits), spec_digest, limits)[0]
 
 
-def _bounded(data: bytes | BinaryIO, limits: PayloadLimits) -> bytes:
+def _bounded(data: bytes | Readable, limits: PayloadLimits) -> bytes:
     raw = data if isinstance(data, bytes) else data.read(limits.max_bytes + 1)
     if len(raw) > limits.max_bytes:
         raise PayloadError(f"the payload is larger than {limits.max_bytes} bytes")

@@ -26,6 +26,7 @@ from typing import Any
 from aggregation.durable import StorageError
 from clients.agent_policy import AgentPolicy
 from clients.connection import Connection, ConnectionLost, Denied
+from clients.content_keys import ContentKeys
 from clients.health import NoSpace
 from clients.health import measure as measure_health
 from clients.install import Installer, Outcome
@@ -86,6 +87,7 @@ class Agent:
         backoff: makes a back-off from its two bounds.
         permission: says when a release may be loaded; None: whenever its window is open.
         expiring: whether the link shall be opened anew, for a new certificate.
+        keys: opens the content keys of encrypted releases; None: this device reads none.
         on_report: is shown each report, for metrics.
     """
 
@@ -106,6 +108,7 @@ class Agent:
         permission: Permission | None = None,
         sources: Sources | None = None,
         expiring: Callable[[], bool] = lambda: False,
+        keys: ContentKeys | None = None,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._home, self._device, self._trust = home, device, trust
@@ -136,6 +139,7 @@ class Agent:
             backoff=backoff(*policy.reconnect),
             stop=self._stop,
             forget=trust.remember_bad,
+            keys=keys,
             now=now,
         )
         self._leaving = Leaving(trust, slots, runtime, self._installer, self._reporter)
@@ -297,6 +301,7 @@ class Agent:
             lambda: self._trust.remember_bad(release),
             hold=hold,
             bake_seconds=release.bake_seconds,
+            places=self._sources.places(connection),
         )
         self.status.waiting = wait.why if wait is not None else ""
         if wait is not None and outcome is Outcome.WAITING:

@@ -25,6 +25,8 @@ from protos.channel import ClientTls, Option, open_channel
 from protos.errors import WireError
 from protos.generated import fleet_pb2_grpc as services
 from protos.messages import (
+    ContentKeyReply,
+    ContentKeyRequest,
     EnrolReply,
     EnrolRequest,
     FetchRequest,
@@ -155,6 +157,27 @@ class Connection:
             self._chunk_silence,
             f"fetch of {path}",
         )
+
+    def content_key(self, sha256: str) -> bytes:
+        """The content key of an encrypted payload, wrapped to this device.
+
+        Raises:
+            ConnectionLost: try again later.
+            Denied: it is not wrapped to this device, or the device is not welcome (any more).
+        """
+        what = f"content key of {sha256[:12]}…"
+        try:
+            reply = self._stub.ContentKey(
+                to_wire(ContentKeyRequest(sha256)), timeout=UNARY_DEADLINE
+            )
+            answer: ContentKeyReply = from_wire(reply)
+        except grpc.RpcError as error:
+            raise _translate(error, what) from error
+        except WireError as error:
+            raise ConnectionLost(f"{what}: malformed: {error}") from error
+        except ValueError as error:
+            raise ConnectionLost(f"{what}: closed") from error
+        return answer.wrapped
 
     def report(self, reports: Sequence[SignedReport]) -> int:
         """Send one batch; the number up to which all reports are durable at the server.

@@ -3,7 +3,7 @@
 Home folder, everything durable in it::
 
     device.toml      settings, all optional (see DeviceSettings); flags and environment come first
-    identity/        key, certificate, trusted roots              clients.identity
+    identity/        keys, certificate, trusted roots             clients.identity
     trust/           what has been seen and will not be undone    clients.trust
     slots/           releases and downloads                       clients.slots
     telemetry/       reports on their way                         clients.telemetry
@@ -79,7 +79,9 @@ def enrol_device(home: Path, bundle: Path, *, base: str) -> Identity:
     key = identity.key_of(home)
     request = EnrolRequest(
         token=fields["token"],
-        certificate_request=identity.certificate_request(key),
+        certificate_request=identity.certificate_request(
+            key, encryption_pem=identity.encryption_key_of(home)
+        ),
         inventory=health.inventory(
             agent_version=metadata.version("airpeft"), base_digest=digest, runtime=RUNTIME
         ),
@@ -114,6 +116,9 @@ def run_device(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     who = identity.load(home)
     with _locked(home):
+        if not who.encryption_pem:  # enrolled by an older agent
+            identity.encryption_key_of(home)
+            who = identity.load(home)
         agent, endpoint = _assemble(home, settings, who)
         agent.start()
         endpoint.start()
@@ -142,6 +147,7 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
 
     from clients.agent import Agent, AgentPolicy
     from clients.base import find_base
+    from clients.content_keys import ContentKeys
     from clients.endpoint import DeviceMetrics, Endpoint
     from clients.install import InstallPolicy
     from clients.link import Backoff
@@ -197,6 +203,7 @@ def _assemble(home: Path, settings: DeviceSettings, who: Identity) -> tuple[Any,
         queue=queue,
         connect=keeper.connect,
         expiring=keeper.is_due,
+        keys=ContentKeys(who.encryption_pem, lacking=keeper.ask_for_reader),
         sources=open_sources(
             settings.sources,
             seconds=settings.mirror_seconds,

@@ -4,6 +4,7 @@ The key is made on the device and never leaves it; a certificate request carries
 (PKCS#10, EC P-256). Folder, all files written durably::
 
     identity/key.pem          private key, PKCS#8, mode 0600; made before the first enrolment
+    identity/encryption.pem   private X25519 key, likewise: content keys are wrapped to it
     identity/certificate.pem  from the fleet's authority; its common name is the device id
     identity/authority.pem    the fleet's certificate authority
     identity/root.json        trusted TUF root metadata, the start of every metadata check
@@ -24,13 +25,15 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import NameOID
 
 from aggregation.durable import write_bytes
 from clients.errors import ClientError
 from protos.messages import EnrolReply
+from protos.recipients import RecipientError, encryption_key, extension, public_half
 
-FOLDER = "identity"
+FOLDER, ENCRYPTION = "identity", "encryption.pem"
 
 
 class IdentityError(ClientError):
@@ -50,6 +53,7 @@ class Identity:
         root: trusted TUF root metadata.
         enrol: ``host:port`` of the enrolment service, where the certificate is renewed; empty for
             a device that was enrolled before there was renewal.
+        encryption_pem: private encryption key, PKCS#8; empty where none was made yet.
     """
 
     device_id: str
@@ -59,6 +63,7 @@ class Identity:
     authority_pem: bytes
     root: bytes
     enrol: str = ""
+    encryption_pem: bytes = b""
 
     def __repr__(self) -> str:  # the key must not end up in a log
         return f"Identity(device_id={self.device_id!r}, fleet={self.fleet!r})"
@@ -68,6 +73,17 @@ class Identity:
         """From when to when the certificate holds."""
         certificate = x509.load_pem_x509_certificate(self.certificate_pem)
         return certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether the certificate names this device's encryption key: then one can wrap to it."""
+        if not self.encryption_pem:
+            return False
+        certificate = x509.load_pem_x509_certificate(self.certificate_pem)
+        try:
+            return encryption_key(certificate) == public_half(self.encryption_pem)
+        except RecipientError:
+            return False
 
     def sign(self, body: bytes) -> bytes:
         """ECDSA P-256 with SHA-256 over ``body``, DER: how reports are signed."""
@@ -96,11 +112,47 @@ def key_of(home: Path) -> bytes:
     return pem
 
 
-def certificate_request(key_pem: bytes, *, name: str = "device") -> bytes:
-    """A PKCS#10 request (PEM) for the key. The authority chooses the name; ``name`` is a hint."""
+def encryption_key_of(home: Path) -> bytes:
+    """The device's private encryption key (X25519, PEM), made durably at the first call.
+
+    Raises:
+        IdentityError: the file there is not such a key.
+        StorageError: the key could not be written.
+    """
+    path = home / FOLDER / ENCRYPTION
+    if not path.exists():
+        pem = X25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        write_bytes(path, pem, mode=0o600)
+    pem = path.read_bytes()
+    try:
+        public_half(pem)
+    except RecipientError as error:
+        raise IdentityError(
+            f"{path}: {error}: remove it, and the next certificate brings a new one"
+        ) from None
+    return pem
+
+
+def certificate_request(
+    key_pem: bytes, *, name: str = "device", encryption_pem: bytes = b""
+) -> bytes:
+    """A PKCS#10 request (PEM) for the key, which signs the encryption key in it if there is one.
+
+    Args:
+        key_pem: the device's private key.
+        name: a hint; the authority chooses the name.
+        encryption_pem: private encryption key; empty: none.
+    """
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    signed = request.sign(_private_key(key_pem, "key.pem"), hashes.SHA256())
+    key = _private_key(key_pem, "key.pem")
+    if encryption_pem:
+        request = request.add_extension(extension(key, public_half(encryption_pem)), critical=False)
+    signed = request.sign(key, hashes.SHA256())
     return signed.public_bytes(serialization.Encoding.PEM)
 
 
@@ -135,7 +187,7 @@ def renewed(home: Path, who: Identity, certificate: bytes) -> Identity:
     except (ValueError, TypeError, InvalidSignature) as error:
         raise IdentityError(f"the new certificate is not of this fleet: {error!r}") from None
     after = replace(who, certificate_pem=certificate)
-    if after.life[1] <= who.life[1]:
+    if after.life[1] <= who.life[1] and after.is_reader <= who.is_reader:
         raise IdentityError(f"the new certificate ends at {after.life[1]}, as the old one does")
     write_bytes(home / FOLDER / "certificate.pem", certificate)
     return after
@@ -167,6 +219,7 @@ def load(home: Path) -> Identity:
             authority_pem=(folder / "authority.pem").read_bytes(),
             root=(folder / "root.json").read_bytes(),
             enrol=str(document.get("enrol", "")),
+            encryption_pem=_optional(folder / ENCRYPTION),
         )
     except FileNotFoundError as error:
         raise IdentityError(
@@ -179,6 +232,10 @@ def load(home: Path) -> Identity:
         ) from None
     _check_certificate(identity.certificate_pem, identity.key_pem, identity.device_id)
     return identity
+
+
+def _optional(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
 
 
 def _private_key(pem: bytes, where: str) -> ec.EllipticCurvePrivateKey:

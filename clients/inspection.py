@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from aggregation import guard, payload
+from aggregation import guard, payload, sealed
 from aggregation.adapter import Adapter
 from clients.runtime import Runtime
 from clients.slots import SlotRecord
@@ -38,23 +38,31 @@ class Refusal(Exception):  # noqa: N818  (never leaves an install)
 
 
 def open_payload(
-    record: SlotRecord, data: bytes, runtime: Runtime, limits: guard.GuardLimits
+    record: SlotRecord,
+    data: bytes,
+    runtime: Runtime,
+    limits: guard.GuardLimits,
+    content_key: bytes = b"",
 ) -> Adapter:
-    """Decode a payload and let the guard look at it.
+    """Decode a payload, decrypting it on the way if need be, and let the guard look at it.
 
     Args:
         record: the signed facts that it must agree with.
         data: the payload; its hash has been checked.
         runtime: says which base and which modules there are.
         limits: of the guard.
+        content_key: of an encrypted one.
 
     Raises:
         Refusal: payload-malformed or guard.
     """
     bounds = payload.PayloadLimits(max_bytes=record.length, max_plain=max(1, record.plain_length))
     try:
+        source: bytes | sealed.Opener = data
+        if record.key_check:
+            source = sealed.Opener(data, content_key, limit=sealed.plain_length(len(data)))
         adapter = payload.decode(
-            data,
+            source,
             spec_digest=record.spec_digest,
             adapter_digest=record.adapter_digest,
             limits=bounds,

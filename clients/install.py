@@ -5,6 +5,7 @@ active one on disk, and until the publish it is the one that serves. What comes 
 :class:`Outcome`; what happened in between is in the reports. The table of failures::
 
     where    what                               report                    and then
+    key      no content key that opens here    REJECTED content-key       again later
     fetch    length or hash not as signed       REJECTED payload-digest   again later
     fetch    no such file at the server         FAILED                    again later
     any      disk full                          FAILED no-space           again later
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 from aggregation.adapter import Adapter
 from aggregation.durable import StorageError
 from clients.connection import Denied
+from clients.content_keys import ContentKeys, Place
 from clients.download import Download, obtain
 from clients.health import NoSpace, require_space
 from clients.health import measure as measure_health
@@ -62,6 +64,7 @@ class Installer:
         backoff: waits between cuts of a download.
         stop: set when the process should end.
         forget: remembers a payload's digest as bad, durably.
+        keys: opens the content keys of encrypted payloads; None: this device reads none.
         now: the device's clock, with a zone.
     """
 
@@ -77,13 +80,14 @@ class Installer:
         backoff: Backoff,
         stop: threading.Event,
         forget: Callable[[str], None] = lambda sha256: None,
+        keys: ContentKeys | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._home, self._slots, self._runtime = home, slots, runtime
         self._tell = tell
         self._gate = QualityGate(runtime, held_out, policy.quality_tolerance)
         self._policy, self._backoff, self._stop = policy, backoff, stop
-        self._forget = forget
+        self._forget, self._keys = forget, keys or ContentKeys()
         self._texts = held_out.texts if held_out is not None else SELF_TEST
         self._changing = threading.RLock()  # what serves: an install here, a revert by the watch
         self.watch = HealthWatch(
@@ -98,6 +102,7 @@ class Installer:
         *,
         hold: Callable[[], bool] = lambda: False,
         bake_seconds: float = 0.0,
+        places: Sequence[Place] = (),
     ) -> Outcome:
         """Bring one release into service, or say why not.
 
@@ -107,11 +112,13 @@ class Installer:
             forget: remembers the release as bad, durably.
             hold: whether it shall only be staged for now; asked when it is.
             bake_seconds: for how long the device watches its health after the commit.
+            places: where the content key of an encrypted payload may be had, in order.
 
         Raises:
             ConnectionLost: the link is gone; what was fetched stays.
         """
         try:
+            record = self._keys.keyed(record, self._slots.find(record.sha256), places)
             fetched = self._stage(record, download)
             if hold():
                 return Outcome.WAITING
@@ -217,7 +224,8 @@ class Installer:
             raise Refusal(DeviceEvent.FAILED, None, detail, final=False) from error
 
     def _open(self, record: SlotRecord, data: bytes) -> Adapter:
-        return open_payload(record, data, self._runtime, self._policy.guard)
+        key = self._keys.open(record) if record.key_check else b""
+        return open_payload(record, data, self._runtime, self._policy.guard, key)
 
     def _try(self, record: SlotRecord, fetched: int, bake_seconds: float) -> Outcome:
         """Load, probe, publish, commit."""

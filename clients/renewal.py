@@ -5,6 +5,9 @@ when the certificate has ended while the device was off. Devices that enrolled t
 together: each has a moment of its own between 60 and 75 % of the certificate's life.
 
 While renewing fails, the old certificate is used; a revoked device is told so, and serves on.
+
+A device that was enrolled before there were encryption keys brings its own with the next request.
+Once it is given a release that it can't read for the lack of one, it does not wait for that.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class Keeper:
     ) -> None:
         self._home, self._now, self._backoff, self._clock = home, now, backoff, clock
         self._open, self._renew = connect, renew
-        self._next_try = float("-inf")
+        self._next_try, self._asked = float("-inf"), False
         self.who = who
         self._moment = moment_of(who)
 
@@ -66,7 +69,12 @@ class Keeper:
 
     def is_due(self) -> bool:
         """Whether it is time for a new certificate, and to try (again)."""
-        return self._now() >= self._moment and self._clock() >= self._next_try
+        due = self._asked or self._now() >= self._moment
+        return due and self._clock() >= self._next_try
+
+    def ask_for_reader(self) -> None:
+        """Renew soon, if the certificate does not name this device's encryption key."""
+        self._asked = bool(self.who.encryption_pem) and not self.who.is_reader
 
     def renew(self) -> bool:
         """Ask for the next certificate; whether it came."""
@@ -79,9 +87,8 @@ class Keeper:
                 who.life[1],
             )
             return False
-        request = EnrolRequest(
-            token="", certificate_request=identity.certificate_request(who.key_pem)
-        )
+        wanted = identity.certificate_request(who.key_pem, encryption_pem=who.encryption_pem)
+        request = EnrolRequest(token="", certificate_request=wanted)
         try:
             reply = self._renew(who.enrol, who.authority_pem, request)
             self.who = identity.renewed(self._home, who, reply.certificate)
@@ -89,7 +96,7 @@ class Keeper:
             log.warning("the certificate, which ends at %s, is not renewed: %s", who.life[1], error)
             return False
         self._backoff.reset()
-        self._next_try = float("-inf")
+        self._next_try, self._asked = float("-inf"), False
         self._moment = moment_of(self.who)
         log.info("the certificate is renewed until %s", self.who.life[1])
         return True

@@ -6,7 +6,7 @@ a download goes on at the byte where it stopped. Folder::
 
     slots/state.json              {"active", "previous", "trial", "attempts"}; the only pointer
     slots/{a,b}/release.json      what is in the slot
-    slots/{a,b}/payload           the signed bytes, exactly
+    slots/{a,b}/payload           the signed bytes, exactly; what was encrypted stays encrypted
     slots/partial/<sha256>.part   a download; appended unbuffered, so a SIGKILL loses no byte
 
     partial = slots.partial(record.sha256, record.length)
@@ -61,6 +61,8 @@ class SlotRecord:
         base_digest: base model that it belongs to.
         rollout: rollout that ordered it.
         round_sequence: number of the round document that ordered it.
+        key_check: how to know the content key of an encrypted payload; empty for a plain one.
+        wrapped: that key, wrapped to this device, as hex; empty until it is there.
     """
 
     release: str
@@ -75,6 +77,8 @@ class SlotRecord:
     base_digest: str
     rollout: str = ""
     round_sequence: int = 0
+    key_check: str = ""
+    wrapped: str = ""
 
     @classmethod
     def of(cls, release: SignedRelease) -> SlotRecord:
@@ -92,7 +96,15 @@ class SlotRecord:
             base_digest=release.base_digest,
             rollout=release.rollout,
             round_sequence=release.sequence,
+            key_check=release.statement.seal.check if release.statement.seal else "",
         )
+
+    def to_bytes(self) -> bytes:
+        """As ``release.json`` has it; of a plain payload, as older agents read it too."""
+        fields = asdict(self)
+        if not self.key_check:
+            del fields["key_check"], fields["wrapped"]
+        return json.dumps(fields, sort_keys=True).encode()
 
 
 @dataclass(frozen=True)
@@ -181,9 +193,9 @@ class Slots:
         # The idle slot stops being a place to fall back to before its content changes.
         if self._state.previous is not None or self._state.trial is not None:
             self._write_state(replace(self._state, previous=None, trial=None, attempts=0))
-        document = json.dumps(asdict(record), sort_keys=True).encode()
         try:
-            write_folder(self._folder / idle, {"release.json": document, "payload": data})
+            files = {"release.json": record.to_bytes(), "payload": data}
+            write_folder(self._folder / idle, files)
         except StorageError as error:
             raise storage_error(self._folder / idle, error.__cause__) from error
         self._write_state(replace(self._state, trial=idle))

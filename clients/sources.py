@@ -155,6 +155,16 @@ class Sources:
                 ways.append(Way(name, fleet.fetch))
         return Download(ways, path, length, count=self._count)
 
+    def places(self, fleet: Connection | None) -> list[tuple[str, Mirror | Connection]]:
+        """Where a wrapped content key may be had, in order: names, and whom to ask."""
+        found: list[tuple[str, Mirror | Connection]] = []
+        for name in self._order:
+            if name != FLEET:
+                found.append((name, self._mirrors[name]))
+            elif fleet is not None:
+                found.append((name, fleet))
+        return found
+
     def visit(self, root_version: int, timestamp_version: int) -> Iterator[tuple[str, Any]]:
         """What the mirrors have, in order, as ``(name, bundle)``; nothing while it isn't due.
 

@@ -20,6 +20,7 @@ from federation.published import (
     read_standing,
 )
 from federation.roles import in_seconds
+from federation.sealing import SealingError, check_seal
 from protos.signed import Revocation, Standing, StatementError, split_target
 
 
@@ -77,6 +78,10 @@ def check_adapters(state: Published, metadata: bytes, payload: bytes, now: datet
             f"the payload has {len(payload)} bytes with sha256 {digest[:12]}…, but {record.name} "
             f"was signed for {record.length} bytes with sha256 {record.sha256[:12]}…"
         )
+    try:
+        check_seal(record.statement, payload)
+    except SealingError as error:
+        raise PublishError(str(error)) from None
     return Incoming(signed.role, signed.parsed, record, repeated=False)
 
 

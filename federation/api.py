@@ -31,6 +31,7 @@ from federation.api_bodies import (
 from federation.api_operators import add_operator_routes
 from federation.api_rollouts import add_rollout_routes
 from federation.api_trust import add_trust_routes
+from federation.api_wraps import add_wrap_routes, keep_wraps
 from federation.desk import Desk
 from federation.enrolment import EnrolmentError
 from federation.errors import FederationError
@@ -41,6 +42,7 @@ from federation.metrics import CONTENT_TYPE
 from federation.operators import Operator, OperatorsError, Right, operator_of
 from federation.postgres import DatabaseAwayError
 from federation.published import NotFoundError, PublishError, ReleaseRecord
+from federation.readers import barred_keys
 from federation.rollout_book import NoRolloutError
 from federation.waves import RolloutError
 
@@ -97,6 +99,7 @@ def make_app(desk: Desk) -> FastAPI:
     _add_release_routes(app, desk, look, operate)
     add_rollout_routes(app, desk, look, operate, Annotated[Operator, Depends(operator)])
     add_operator_routes(app, desk, look, needs(Right.ADMINISTER))
+    add_wrap_routes(app, desk, look, operate)
     add_trust_routes(
         app,
         needs(Right.ADMINISTER),
@@ -226,6 +229,7 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
     @app.post("/v1/devices/{device_id}/revoke")
     def revoke(device_id: str, body: RevokeRequest, operator: operate) -> dict[str, Any]:
         desk.fleet.revoke(device_id, who=operator, why=body.why, serial=body.serial)
+        desk.wraps.drop(barred_keys(desk.store))
         desk.wake()
         return desk.fleet.device(device_id)
 
@@ -260,6 +264,7 @@ def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> No
             raise HTTPException(422, f"metadata and payload must be base64: {error}") from error
         now = datetime.fromtimestamp(desk.store.clock(), UTC)
         record = desk.repository.publish_release(metadata, payload, now=now)
+        keep_wraps(desk, record, body.wraps)
         with desk.store.write() as connection:
             why = f"sha256 {record.sha256}, {record.length} bytes"
             desk.store.log(connection, operator, "publish", record.name, why)

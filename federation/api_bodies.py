@@ -33,10 +33,17 @@ class KeyRequest(Strict):
 
 
 class ReleaseRequest(Strict):
-    """A signed release, both parts in base64."""
+    """A signed release, all parts in base64; wrapped keys where it is encrypted."""
 
     metadata: str
     payload: str
+    wraps: str = ""
+
+
+class WrapsRequest(Strict):
+    """Further wrapped keys of an encrypted release, in base64."""
+
+    wraps: str
 
 
 class RetriesRequest(Strict):

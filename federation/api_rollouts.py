@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 
 from federation.api_bodies import RolloutRequest, WhyRequest
+from federation.api_wraps import lacking_key
 from federation.comparison import compare
 from federation.desk import Desk
 from federation.judging import falls, quality_fall
@@ -46,7 +47,14 @@ def add_rollout_routes(app: FastAPI, desk: Desk, look: Any, operate: Any, known:
     def plan(body: RolloutRequest, operator: look) -> dict[str, Any]:
         """What would happen to how many devices; nothing does."""
         waves, policy = plan_of(body)
-        return asdict(desk.ticker.preview(body.release, waves, policy, other=body.other))
+        found = desk.ticker.preview(
+            body.release,
+            waves,
+            policy,
+            other=body.other,
+            unreadable=lambda record: lacking_key(desk, record),
+        )
+        return asdict(found)
 
     @app.post("/v1/rollouts", status_code=201)
     def start(body: RolloutRequest, operator: operate) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from aggregation import durable
 from federation.errors import FederationError
 from protos.channel import SERVER_NAME, ServerTls
+from protos.recipients import RecipientError, encryption_key, found_extension
 
 AUTHORITY_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=365)
@@ -68,7 +69,8 @@ class Authority:
     ) -> DeviceCertificate:
         """A certificate for the key in a PKCS#10 request, under a name of our choice.
 
-        Nothing but the key is taken from the request: no name, no extension.
+        Nothing but the keys is taken from the request: no name, and of the extensions only the
+        encryption key, which the request's key has signed (:mod:`protos.recipients`).
 
         Args:
             request: PEM.
@@ -77,10 +79,14 @@ class Authority:
             life: how long it holds.
 
         Raises:
-            AuthorityError: not a request, a wrong signature, or not an EC P-256 key.
+            AuthorityError: not a request, a wrong signature, or not an EC P-256 key; or an
+                encryption key that it has not signed.
         """
         public = public_key_of(request)
-        certificate = self._sign(device_id, public, now, life, [], ExtendedKeyUsageOID.CLIENT_AUTH)
+        usage = ExtendedKeyUsageOID.CLIENT_AUTH
+        certificate = self._sign(
+            device_id, public, now, life, [], usage, _encryption_extension(request)
+        )
         return DeviceCertificate(
             pem=certificate.public_bytes(_PEM),
             serial=f"{certificate.serial_number:x}",
@@ -96,6 +102,7 @@ class Authority:
         life: timedelta,
         names: list[x509.GeneralName],
         usage: x509.ObjectIdentifier,
+        further: x509.UnrecognizedExtension | None = None,
     ) -> x509.Certificate:
         builder = (
             x509.CertificateBuilder()
@@ -110,6 +117,8 @@ class Authority:
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if further is not None:
+            builder = builder.add_extension(further, critical=False)
         return builder.sign(self.key, hashes.SHA256())
 
 
@@ -192,6 +201,24 @@ def public_key_of(request: bytes) -> ec.EllipticCurvePublicKey:
     if not valid:
         raise AuthorityError("certificate request: its signature is wrong")
     return public
+
+
+def requested_encryption_key(request: bytes) -> bytes | None:
+    """The encryption key that a request brings: 32 bytes, or None.
+
+    Raises:
+        AuthorityError: it is malformed, or the request's key has not signed it.
+    """
+    try:
+        return encryption_key(x509.load_pem_x509_csr(request))
+    except RecipientError as error:
+        raise AuthorityError(f"certificate request: {error}") from None
+
+
+def _encryption_extension(request: bytes) -> x509.UnrecognizedExtension | None:
+    if requested_encryption_key(request) is None:
+        return None
+    return found_extension(x509.load_pem_x509_csr(request))
 
 
 def read_public_key(pem: bytes) -> bytes:

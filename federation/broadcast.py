@@ -34,11 +34,13 @@ from federation.calls import (
     unstored,
 )
 from federation.chunks import ChunkCache
+from federation.content_keys import ContentKeys
 from federation.enrolment_call import ENROLMENT, EnrolmentService
 from federation.fleet import Fleet, UnknownDeviceError
 from federation.metrics import Metrics
 from federation.published import NotFoundError
 from federation.reports import ReportError, ReportReason
+from federation.wrap_shelf import WrapShelf
 from protos.generated import fleet_pb2 as pb
 from protos.messages import Heartbeat, MetadataBundle, ReportAck, to_wire
 
@@ -101,7 +103,7 @@ class Feed:
 
 
 class FleetService:
-    """The three calls of an enrolled device.
+    """The calls of an enrolled device.
 
     Args:
         fleet: who is admitted, and where reports go.
@@ -109,6 +111,7 @@ class FleetService:
         chunks: what Fetch sends.
         metrics: what is counted.
         reported: called (in the event loop) when there are new reports.
+        wraps: wrapped content keys; None: there are none.
         heartbeat: seconds between two of them.
         downloads: Fetch calls at once; eight times as many wait for a place.
         patience: seconds that one of them waits.
@@ -125,6 +128,7 @@ class FleetService:
         metrics: Metrics,
         reported: Callable[[], None],
         *,
+        wraps: WrapShelf | None = None,
         heartbeat: float = HEARTBEAT,
         downloads: int = DOWNLOADS,
         patience: float = PATIENCE,
@@ -134,6 +138,7 @@ class FleetService:
     ) -> None:
         self._fleet, self._feed, self._chunks, self._metrics = fleet, feed, chunks, metrics
         self._reported, self._heartbeat = reported, heartbeat
+        self._keys = ContentKeys(wraps, metrics)
         self._places, self._waiting = asyncio.Semaphore(downloads), 0
         self._room, self._patience, self._stall = WAITING * downloads, patience, stall
         self._request, self._sent = request, sent
@@ -141,18 +146,20 @@ class FleetService:
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the calls to a server. Requests come raw: what doesn't parse gets a status."""
-        watch, fetch, report = (
+        watch, fetch, report, key = (
             answering(name, self._metrics, handler)
             for name, handler in (
                 ("watch", self.watch),
                 ("fetch", self.fetch),
                 ("report", self.report),
+                ("content-key", self.content_key),
             )
         )
         handlers = {
             "Watch": grpc.stream_stream_rpc_method_handler(watch),
             "Fetch": grpc.stream_stream_rpc_method_handler(fetch),
             "Report": grpc.stream_unary_rpc_method_handler(report),
+            "ContentKey": grpc.stream_unary_rpc_method_handler(key),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(FLEET, handlers),))
 
@@ -294,6 +301,13 @@ class FleetService:
             self._reported()
         return bytes(to_wire(ReportAck(through)).SerializeToString())
 
+    async def content_key(self, context: Context) -> bytes:
+        """The content key of a payload as it is wrapped to the calling device."""
+        await self._admit(context)
+        request = await request_of(context, pb.ContentKeyRequest, self._request)
+        shown = context.auth_context()["x509_pem_cert"][0]
+        return await self._keys.answer(request.sha256, shown)
+
     async def _admit(self, context: Context) -> tuple[str, str]:
         """Name and serial of the calling device, or the end of the call."""
         shown = context.auth_context().get("x509_pem_cert", [b""])[0]
@@ -304,7 +318,8 @@ class FleetService:
                     await asyncio.to_thread(self._fleet.refresh, device)
                 except StorageError as error:
                     log.error("%s cannot be looked up: %s", device, error)
-                    raise unstored("who you are") from error
+                    detail = "it is not known who you are: try later"
+                    raise Refused(Refusal.STORAGE, Code.UNAVAILABLE, detail) from error
             if not self._fleet.admits(device, serial):
                 raise _denied(device)
         return device, serial

@@ -44,6 +44,8 @@ class Refusal(StrEnum):
     SLOW_WRITER = "slow-writer"
     SLOW_READER = "slow-reader"
     NOT_FOUND = "not-found"
+    NO_ENCRYPTION_KEY = "no-encryption-key"  # the device has enrolled none
+    NOT_WRAPPED = "not-wrapped"  # the content key of a payload, to this device
     OUT_OF_RANGE = "out-of-range"
     BUSY = "busy"  # come back after the time that is said
     STORAGE = "storage"  # the server's own disk; nothing has changed
@@ -72,7 +74,7 @@ def answering(
     """A handler for gRPC that counts and tells what ``handler`` refuses.
 
     Args:
-        call: its name, for metrics: ``watch``, ``fetch``, ``report`` or ``enrol``.
+        call: its name, for metrics: ``watch``, ``fetch``, ``report``, ``content-key`` or ``enrol``.
         metrics: where refusals are counted.
         handler: given the context; reads its request with :func:`request_of`.
     """

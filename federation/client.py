@@ -147,13 +147,32 @@ class OperatorClient:
         """Targets that the current round hands out."""
         return list(self._call("GET", "/v1/repository/adapters")["in_use"])
 
-    def publish_release(self, metadata: bytes, payload: bytes) -> dict[str, Any]:
-        """Send a signed release; sending it again changes nothing."""
+    def publish_release(
+        self, metadata: bytes, payload: bytes, wraps: bytes = b""
+    ) -> dict[str, Any]:
+        """Send a signed release, with its wrapped keys if it is encrypted; again is no harm."""
         body = {
             "metadata": base64.b64encode(metadata).decode(),
             "payload": base64.b64encode(payload).decode(),
+            "wraps": base64.b64encode(wraps).decode(),
         }
         return self._call("POST", "/v1/releases", body)
+
+    def certificates(self, where: str = "") -> dict[str, bytes]:
+        """The certificates (PEM) of devices that are not revoked, or of those a filter means."""
+        query = f"?{urlencode({'where': where})}" if where else ""
+        answer = self._call("GET", f"/v1/certificates{query}")
+        return {name: pem.encode() for name, pem in answer["certificates"].items()}
+
+    def wraps(self, release: str) -> bytes:
+        """The wrapped content keys of an encrypted release, as a file."""
+        answer = self._call("GET", f"/v1/releases/{quote(release, safe='')}/wraps")
+        return base64.b64decode(answer["wraps"])
+
+    def add_wraps(self, release: str, wraps: bytes) -> dict[str, Any]:
+        """Send further wrapped keys; those that are there stay as they are."""
+        body = {"wraps": base64.b64encode(wraps).decode()}
+        return self._call("POST", f"/v1/releases/{quote(release, safe='')}/wraps", body)
 
     def publish_revocation(self, metadata: bytes) -> dict[str, Any]:
         """Send a signed revocation; sending it again changes nothing."""

@@ -18,6 +18,7 @@ from protos.signed import (
     Hardware,
     Lineage,
     ReleaseStatement,
+    Seal,
     Standing,
     check_channel,
 )
@@ -69,6 +70,7 @@ def statement_for(
     standing: Standing,
     options: ReleaseOptions,
     now: datetime,
+    seal: Seal | None = None,
 ) -> ReleaseStatement:
     """What is to be signed of an adapter.
 
@@ -80,6 +82,7 @@ def statement_for(
         standing: what was said of them since.
         options: what a person decides.
         now: the time, with a zone.
+        seal: how the payload is encrypted, if it is.
 
     Raises:
         ReleaseError: the floor falls.
@@ -112,6 +115,7 @@ def statement_for(
         more_evaluations=more,
         hardware=options.hardware,
         model_signing=options.model_signing,
+        seal=seal,
         notes=options.notes,
         made_unix=int(now.timestamp()),
     )

@@ -14,6 +14,7 @@ from federation.metrics import Metrics
 from federation.repository import Repository
 from federation.store import Store
 from federation.ticker import Ticker
+from federation.wrap_shelf import WrapShelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Desk:
         endpoints: where devices enrol and connect, ``{"enrol": "host:port", "fleet": ...}``.
         wake: called (from any thread) when streams should look again.
         online_key: finds an online key by its identifier, for a change of keys.
+        wraps: the wrapped content keys of encrypted releases.
         status: which gateway this is, whether it decides, and what is wrong with its place.
     """
 
@@ -37,4 +39,5 @@ class Desk:
     endpoints: Callable[[], dict[str, str]]
     wake: Callable[[], None]
     online_key: Callable[[str], Signer]
+    wraps: WrapShelf
     status: Callable[[], dict[str, Any]] = dict

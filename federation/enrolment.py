@@ -9,7 +9,8 @@ A request without a token proves the key alone, for the key itself has signed it
 for a key that an operator has authorised beforehand, and for the key of an enrolled device: that is
 how a device renews its short-lived certificate, before or after its end. Whoever replays such a
 request gets a certificate that is of no use without the key; asked again early, the answer is the
-certificate of last time. What a revoked device asks for is refused.
+certificate of last time, unless the device brings its first encryption key. What a revoked device
+asks for is refused.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from federation.authority import (
     DeviceCertificate,
     public_key_of,
     read_public_key,
+    requested_encryption_key,
     spki,
 )
 from federation.permits import (
@@ -45,6 +47,7 @@ from federation.permits import (
     holder_of,
     new_name,
 )
+from federation.readers import brings_first_key
 from federation.store import Store
 from protos.messages import EnrolReply, EnrolRequest
 
@@ -177,6 +180,7 @@ class Enrolment:
         """
         try:
             public = spki(public_key_of(request.certificate_request))
+            requested_encryption_key(request.certificate_request)
         except AuthorityError as error:
             raise EnrolmentError(EnrolmentReason.BAD_REQUEST, str(error)) from error
         now = self._store.clock()
@@ -264,7 +268,8 @@ class Enrolment:
         found = connection.execute(sa.select(held).where(held.c.serial == device["serial"]))
         last = found.mappings().one()
         half = (last["expires"] - last["issued"]) / 2
-        if last["revoked"] is None and now < last["expires"] - half:
+        fresh = last["revoked"] is None and now < last["expires"] - half
+        if fresh and not brings_first_key(device["certificate"], request.certificate_request):
             return self._reply(device_id, device["certificate"])
         if now > last["expires"] + LAPSE_SECONDS:
             raise EnrolmentError(

@@ -98,6 +98,36 @@ def init(
 
 
 @keys.command(
+    epilog="Examples: airpeft keys sealing ./sealing.pem | "
+    "airpeft keys sealing ./sealing.pem --passphrase-file secret",
+)
+def sealing(
+    file: Annotated[Path, typer.Argument(help="Private half, a new .pem file; keep it offline.")],
+    passphrase_file: PassphraseFile = None,
+    no_passphrase: Annotated[
+        bool, typer.Option("--no-passphrase", help="Leave the file unencrypted, for trials.")
+    ] = False,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Make a sealing key: what encrypted releases are opened with to let more devices read them.
+
+    Making a release needs its public half alone: airpeft release make --encrypt FILE.pub.pem
+    """
+    from federation.sealing import make_sealing_key
+
+    with errors():
+        secret = (
+            None if no_passphrase else passphrase(passphrase_file, what=str(file), confirm=True)
+        )
+        public = make_sealing_key(file, secret)
+    data = {"private": str(file), "public": str(public)}
+    if output is Format.JSON:
+        show_json("sealing-key", data)
+    else:
+        show_fields(data)
+
+
+@keys.command(
     name="import",
     epilog="Examples: airpeft keys import ./bob adapters-5 --public bob.pub.pem "
     "--uri 'command:openssl dgst -sha256 -sign /vault/bob.pem' | "

@@ -35,6 +35,9 @@ class Metrics:
         self.bundles = counter("airpeft_bundles_pushed_total", "Metadata bundles pushed.")
         self.fetches = counter("airpeft_fetches_total", "Downloads by how they ended.", "result")
         self.fetched = counter("airpeft_fetch_bytes_total", "Payload and metadata bytes sent.")
+        self.content_keys = counter(
+            "airpeft_content_keys_total", "Wrapped content keys that devices asked for.", "result"
+        )
         self.refused = counter(
             "airpeft_requests_refused_total",
             "Calls of devices that were refused, by call and reason.",

@@ -17,6 +17,7 @@ from aggregation import durable
 from federation.errors import FederationError
 from federation.metadata_files import load
 from federation.published import NotFoundError, Published
+from protos.wraps import WrapError, Wraps, wraps_path
 
 TIMESTAMP = "metadata/timestamp.json"
 METADATA = re.compile(
@@ -27,6 +28,7 @@ PAYLOAD = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z",
     re.ASCII,
 )
+WRAPS = re.compile(r"wraps/[0-9a-f]{64}\.wraps\Z", re.ASCII)
 
 
 class MirrorError(FederationError):
@@ -81,15 +83,16 @@ def export_mirror(
             copied, count = copied + len(data), count + 1
             if not dry_run:
                 durable.write_bytes(folder / path, data)
-    metadata = {f"metadata/{name}": data for name, data in state.bundle(0).files.items()}
-    for path in sorted(metadata, key=lambda name: (name == TIMESTAMP, name)):
-        if _differs(folder / path, metadata[path]):
-            copied, count = copied + len(metadata[path]), count + 1
+    small = _wraps(repository, state, names)
+    small |= {f"metadata/{name}": data for name, data in state.bundle(0).files.items()}
+    for path in sorted(small, key=lambda name: (name == TIMESTAMP, name)):
+        if _differs(folder / path, small[path]):
+            copied, count = copied + len(small[path]), count + 1
             if not dry_run:
-                durable.write_bytes(folder / path, metadata[path])
+                durable.write_bytes(folder / path, small[path])
     return Exported(
         folder=folder,
-        files=len(wanted) + len(metadata),
+        files=len(wanted) + len(small),
         copied=count,
         bytes=copied,
         releases=tuple(names),
@@ -133,13 +136,13 @@ def checked(path: str) -> str:
     Raises:
         NotFoundError: it has the form of none.
     """
-    if ".." in path or not (METADATA.match(path) or PAYLOAD.match(path)):
+    if ".." in path or not any(form.match(path) for form in (METADATA, PAYLOAD, WRAPS)):
         raise NotFoundError(f"no file {path[:200]!r}")
     return path
 
 
 def digest_named(path: str) -> str | None:
-    """The SHA-256 that a payload's path names; None for metadata."""
+    """The SHA-256 that a payload's path names; None for metadata and wrapped keys."""
     found = PAYLOAD.match(path)
     return found[1] if found else None
 
@@ -150,6 +153,21 @@ def _payloads(state: Published, only_assigned: bool) -> tuple[list[str], list[st
     left_out = {r.path for r in state.releases if only_assigned and r.target not in assigned}
     names = [record.name for record in state.releases if record.path not in left_out]
     return sorted(state.payloads - left_out), names
+
+
+def _wraps(repository: Path, state: Published, names: list[str]) -> dict[str, bytes]:
+    """The wrapped keys of these releases, as far as they are encrypted, by path."""
+    found = {}
+    for record in state.releases:
+        file = repository / wraps_path(record.sha256)
+        if record.name in names and record.statement.seal is not None and file.is_file():
+            data = file.read_bytes()
+            try:
+                Wraps.from_bytes(data, record.sha256)
+            except WrapError as error:
+                raise MirrorError(f"{file}: {error}; wrap again: airpeft release wrap") from None
+            found[wraps_path(record.sha256)] = data
+    return found
 
 
 def _payload(repository: Path, path: str) -> bytes:

@@ -23,7 +23,7 @@ import h11
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from federation.metrics import CONTENT_TYPE
-from federation.mirror import TIMESTAMP, MirrorError
+from federation.mirror import TIMESTAMP, WRAPS, MirrorError
 from federation.published import NotFoundError
 
 log = logging.getLogger("airpeft.federation.mirror")
@@ -271,6 +271,7 @@ def _plan(
 ) -> tuple[HTTPStatus, dict[str, str], int, int]:
     """Status, headers, and the bytes to send, from the request's conditions (RFC 9110)."""
     size, etag = stat.st_size, f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+    changes = path == TIMESTAMP or WRAPS.match(path)
     own = {
         "etag": etag,
         "accept-ranges": "bytes",
@@ -278,7 +279,7 @@ def _plan(
         "content-type": "application/json"
         if path.endswith(".json")
         else "application/octet-stream",
-        "cache-control": "no-cache" if path == TIMESTAMP else "public, max-age=31536000, immutable",
+        "cache-control": "no-cache" if changes else "public, max-age=31536000, immutable",
     }
     if etag in headers.get("if-none-match", ""):
         return HTTPStatus.NOT_MODIFIED, own, 0, 0

@@ -13,7 +13,7 @@ from protos.messages import DeviceEvent, Health, Quality, RejectReason
 
 REASON_MAX = 1_000  # characters of a reason inside signed metadata
 
-# Refusals that speak of the way to a device or of its clock, not of the release.
+# Refusals that speak of the way to a device, of its clock or key, not of the release.
 NOT_THE_RELEASE = frozenset(
     {
         RejectReason.METADATA_SIGNATURE,
@@ -21,6 +21,7 @@ NOT_THE_RELEASE = frozenset(
         RejectReason.METADATA_EXPIRED,
         RejectReason.METADATA_MALFORMED,
         RejectReason.CLOCK,
+        RejectReason.CONTENT_KEY,  # wrapped to it later, the device takes the release
     }
 )
 CLASSES = {

@@ -7,7 +7,7 @@ so the numbers are those that a start at this moment would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from federation.evidence import blind_band, fall_shown, no_fall_shown
@@ -22,6 +22,8 @@ NAMED_MAX = 20  # devices of a wave that are named
 SILENT_HOURS = 24.0
 PROOF_MAX = 2_000  # reports looked at when asking how many a proof needs
 
+Unreadable = Callable[[ReleaseRecord], Collection[str]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedWave:
@@ -34,6 +36,7 @@ class PlannedWave:
         devices: the names of the first few that are added.
         settled: of those added, how many run the release already.
         unfit: of those added, how many will refuse it: another base model, another engine.
+        unreadable: of those added, how many lack the key of an encrypted release: they wait for it.
         silent: of those added, how many have not been seen for a day: they wait for the deadline.
         download_bytes: of all that are added, at most.
         allowed_failures: failed devices by its end that do not halt.
@@ -46,6 +49,7 @@ class PlannedWave:
     devices: tuple[str, ...]
     settled: int
     unfit: int
+    unreadable: int
     silent: int
     download_bytes: int
     allowed_failures: int
@@ -78,7 +82,10 @@ class Preview:
 
 
 def preview(
-    rollout: Rollout, observations: Sequence[Observation], records: Sequence[ReleaseRecord]
+    rollout: Rollout,
+    observations: Sequence[Observation],
+    records: Sequence[ReleaseRecord],
+    unreadable: Unreadable = lambda record: (),
 ) -> Preview:
     """Walk through the waves of a draft.
 
@@ -86,7 +93,9 @@ def preview(
         rollout: not started.
         observations: one for each active device.
         records: of the releases, in the order of ``rollout.targets``.
+        unreadable: names of the devices that lack the key of a release.
     """
+    blind = [frozenset(unreadable(record)) for record in records]
     names = [one.device_id for one in observations]
     at = rollout.halves[0] if rollout.other is not None else None
     rollout = replace(rollout, salt=choose_salt(rollout.id, rollout.waves, names, balanced_at=at))
@@ -95,7 +104,7 @@ def preview(
         rollout = widen(rollout, observations)
         now = {name for name in names if rollout.includes(name)}
         fresh = [one for one in observations if one.device_id in now - inside]
-        waves.append(_wave(rollout, fresh, len(now), records))
+        waves.append(_wave(rollout, fresh, len(now), records, blind))
         inside = now
     policy = rollout.policy
     return Preview(
@@ -115,6 +124,7 @@ def _wave(
     fresh: Sequence[Observation],
     reached: int,
     records: Sequence[ReleaseRecord],
+    blind: Sequence[frozenset[str]],
 ) -> PlannedWave:
     arms = [rollout.arm(one.device_id) for one in fresh]
     owed = [(one, records[arm]) for one, arm in zip(fresh, arms, strict=True)]
@@ -127,6 +137,7 @@ def _wave(
         devices=tuple(sorted(one.device_id for one in fresh)[:NAMED_MAX]),
         settled=sum(settled),
         unfit=sum(not _fits(one, record) for one, record in owed),
+        unreadable=sum(one.device_id in blind[arm] for one, arm in zip(fresh, arms, strict=True)),
         silent=sum(_is_silent(one) for one in fresh),
         download_bytes=sum(
             record.length for (_, record), has in zip(owed, settled, strict=True) if not has
@@ -179,6 +190,11 @@ def _warnings(waves: Sequence[PlannedWave], policy: Policy, proof: int | None) -
             found.append(f"{name} adds no device to the waves before")
         if wave.unfit:
             found.append(f"{name}: {wave.unfit} devices have another base model or engine")
+        if wave.unreadable:
+            found.append(
+                f"{name}: {wave.unreadable} devices lack the key of an encrypted release: "
+                "airpeft release wrap"
+            )
         if wave.silent:
             found.append(f"{name}: {wave.silent} devices have been silent for a day")
     if proof is not None and waves[0].reached < proof:

@@ -24,6 +24,7 @@ import httpx
 from federation.metadata_files import MAX_METADATA
 from federation.mirror import TIMESTAMP, MirrorError, checked, digest_named
 from federation.published import NotFoundError
+from protos.wraps import MAX_BYTES
 
 log = logging.getLogger("airpeft.federation.relay")
 
@@ -31,6 +32,7 @@ FRESH = 5.0  # seconds that timestamp.json, or the lack of a file, is believed t
 STEADY = 600.0  # seconds for metadata whose name carries its version
 PAYLOAD_MAX = 512 * 1024 * 1024  # bytes
 CACHE_MAX = 4 * 1024 * 1024 * 1024  # bytes
+SMALL_MAX = max(MAX_METADATA, MAX_BYTES)  # bytes of metadata, and of wrapped keys
 TRIES = 4  # of one file, going on where the last one stopped
 MISSING_MAX = 4096  # names remembered as missing
 PARTIAL = ".partial"
@@ -121,7 +123,7 @@ class RelayShelf:
             partial.unlink(missing_ok=True)  # another version may stand there now
         for left in reversed(range(TRIES)):
             try:
-                await self._append(path, partial, PAYLOAD_MAX if digest else MAX_METADATA)
+                await self._append(path, partial, PAYLOAD_MAX if digest else SMALL_MAX)
                 break
             except (httpx.HTTPError, OSError) as error:
                 if left == 0:

@@ -37,6 +37,7 @@ from federation.release_request import (
     make_request,
     read_file,
     read_request,
+    read_wraps,
 )
 from federation.repository import Repository
 from federation.revocation import (
@@ -46,7 +47,9 @@ from federation.revocation import (
     make_revocation,
     read_revocation,
 )
+from federation.wrap_shelf import WrapShelf
 from protos.canonical import canonical
+from protos.wraps import Wraps
 
 __all__ = [
     "ReleaseError",
@@ -64,6 +67,7 @@ __all__ = [
     "read_any",
     "read_request",
     "read_revocation",
+    "read_wraps",
     "sign",
     "sign_request",
     "signed_so_far",
@@ -165,12 +169,19 @@ def publish(
 ) -> ReleaseRecord:
     """Put the signatures together and publish in a repository on this machine.
 
+    Wrapped keys of an encrypted payload are kept beside it.
+
     Raises:
         ReleaseError: as for :func:`assemble`.
         PublishError: the repository refuses, for example for lack of signatures.
     """
-    metadata, data = assemble(folder, signatures)
-    return repository.publish_release(metadata, data, now=now)
+    request = read_request(folder)
+    metadata, data = _signed(request, signatures), read_file(request.folder / PAYLOAD)
+    record = repository.publish_release(metadata, data, now=now)
+    if record.statement.seal is not None:
+        wraps = Wraps.from_bytes(read_wraps(request), record.sha256)
+        WrapShelf(repository.folder).add(wraps)
+    return record
 
 
 def _signed(request: ReleaseRequest | RevocationRequest, signatures: Iterable[Path]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from federation import release_make_cli, release_verify_cli
+from federation import release_make_cli, release_verify_cli, release_wrap_cli
 from federation.cli_support import (
     Format,
     FormatOption,
@@ -31,7 +31,7 @@ from federation.release_source import Copy, Home, TokenFile, Url, known_releases
 from federation.release_words import accuracy, day, epsilon, show_release
 from federation.signing_cli import Keys, Out, Publics, signers
 
-__all__ = ["keys", "release", "release_make_cli", "release_verify_cli"]
+__all__ = ["keys", "release", "release_make_cli", "release_verify_cli", "release_wrap_cli"]
 
 Request = Annotated[Path, typer.Argument(help="Folder of the request.")]
 
@@ -97,10 +97,11 @@ def publish(
         waiting = releases.read_any(request)
         with server(home, url, token_file) as operator:
             if isinstance(waiting, releases.ReleaseRequest):
-                operator.publish_release(*releases.assemble(request, signature or ()))
+                signed = releases.assemble(request, signature or ())
+                operator.publish_release(*signed, wraps=releases.read_wraps(waiting))
             else:
-                signed = releases.assemble_revocation(request, signature or ())
-                operator.publish_revocation(signed)
+                revocation = releases.assemble_revocation(request, signature or ())
+                operator.publish_revocation(revocation)
     if isinstance(waiting, releases.ReleaseRequest):
         show_release(output, releases.describe(waiting.record))
         return
@@ -122,11 +123,12 @@ def list_releases(
         show_json("releases", rows)
         return
     show_table(
-        ["release", "bytes", "epsilon", "accuracy", "floor", "made", "base", "revoked"],
+        ["release", "bytes", "read by", "epsilon", "accuracy", "floor", "made", "base", "revoked"],
         [
             [
                 row["release"],
                 row["length"],
+                "key holders" if row.get("seal") else "all",
                 epsilon(row["privacy"]),
                 accuracy(row["evaluation"]),
                 max(row["floor"], row["channel_floor"]) or "-",

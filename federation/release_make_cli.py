@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from federation.cli_support import Format, FormatOption, errors
+from federation.cli_support import Format, FormatOption, errors, fail
 from federation.release_app import release
 from federation.release_source import (
     Copy,
@@ -20,9 +20,17 @@ from federation.release_source import (
     targets_in_use,
 )
 from federation.release_words import show_release
+from federation.release_wrap_cli import Roster, Where, seal_to, sizes
 
 if TYPE_CHECKING:
     from protos.signed import Evaluation
+
+
+LARGE = 10_000_000  # bytes
+LARGE_HINT = (
+    "more than 10 MB, which is a lot for an adapter: --dtype int8 halves it, and a lower rank or "
+    "fewer modules do more"
+)
 
 
 class Dtype(StrEnum):
@@ -38,7 +46,9 @@ class Dtype(StrEnum):
     "airpeft release make ./run/adapter --channel stable --repository ./copy -o r1 "
     "--evaluation heldout:0.8425:400 --evaluation hard.json --floor 2 --notes 'security fix' | "
     "airpeft release make ./run/adapter --home ./fleet -o r1 --model-signing model.sig "
-    "--data train.jsonl --memory-mib 512 --force-worse 'forgets a leaked name'",
+    "--data train.jsonl --memory-mib 512 --force-worse 'forgets a leaked name' | "
+    "airpeft release make ./run/adapter --home ./fleet -o r1 --encrypt sealing.pub.pem "
+    "--roster cohort.json",
 )
 def make(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, in PEFT's layout.")],
@@ -67,9 +77,9 @@ def make(
     force_worse: Annotated[
         str, typer.Option(help="Why it is released although it is worse than its parent; signed.")
     ] = "",
-    data: Annotated[
+    fingerprints: Annotated[
         list[str] | None,
-        typer.Option(help="Training data whose fingerprint is told: FILE or sha256:..."),
+        typer.Option("--data", help="Training data whose fingerprint is told: FILE or sha256:..."),
     ] = None,
     model_signing: Annotated[
         Path | None, typer.Option(help="OpenSSF model-signing bundle over the adapter's folder.")
@@ -78,18 +88,32 @@ def make(
         str | None, typer.Option(help="sha256:..., for a folder that other software wrote.")
     ] = None,
     notes: Annotated[str, typer.Option(help="For people.")] = "",
+    encrypt: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Encrypt the payload to the enrolled devices, and to this sealing key (its "
+            ".pub.pem), with which later ones can be added; may be repeated."
+        ),
+    ] = None,
+    where: Where = "",
+    roster: Roster = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Turn an adapter into a request for signatures.
 
     A release that is worse than its parent on a named set, or was not measured where its parent
     was, is refused unless --force-worse says why.
+
+    With --encrypt, mirrors, sticks, relays and the server's own disk hold nothing that can be read
+    without a key of an enrolled device or a sealing key.
     """
     from federation.model_signing import bundle_digest
     from federation.provenance import fingerprint
     from federation.release import ReleaseOptions, describe, make_request
     from protos.signed import Hardware
 
+    if not encrypt and (where or roster is not None):
+        fail("--where and --roster say to whom a payload is encrypted: give --encrypt as well", 2)
     with errors():
         options = ReleaseOptions(
             channel=channel,
@@ -100,10 +124,13 @@ def make(
             base_digest=base_digest,
             evaluations=_evaluations(evaluation or ()),
             hardware=Hardware(machines=tuple(machine or ()), memory_mib=memory_mib),
-            data=tuple(fingerprint(one) for one in data or ()),
+            data=tuple(fingerprint(one) for one in fingerprints or ()),
             model_signing=bundle_digest(model_signing, adapter) if model_signing else "",
             force_worse=force_worse,
         )
+        to, readers = None, None
+        if encrypt:
+            to, readers = seal_to(encrypt, where, roster, home, url, token_file)
         current = current_adapters(home, url, token_file, repository, channel)
         request = make_request(
             adapter,
@@ -112,9 +139,16 @@ def make(
             options=options,
             now=datetime.now(UTC),
             in_use=targets_in_use(home, url, token_file, repository),
+            seal_to=to,
         )
-    show_release(output, {"request": str(out), **describe(request.record)})
+        data = {"request": str(out), **describe(request.record)}
+        data["sizes"] = sizes(out, data)
+    if readers is not None:
+        data["readers"] = {"devices": len(readers.keys), "lacking": list(readers.lacking)}
+    show_release(output, data)
     if output is Format.TABLE:
+        if data["sizes"]["payload"] > LARGE:
+            typer.echo(f"\n{LARGE_HINT}")
         typer.echo(f"\nnext: airpeft release sign {out} --key KEY.pem   (two different keys)")
 
 

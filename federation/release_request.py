@@ -5,6 +5,7 @@ request.json        what this is about, for people and for the later steps
 adapters.json       the metadata to be signed
 previous.json       the current metadata, so that a signer can see that nothing else changes
 payload.airpeft     the bytes that devices will fetch
+keys.wraps          where these are encrypted: their key, wrapped to each device that may read them
 signatures/         one file for each key: <keyid>.json
 """
 
@@ -23,20 +24,20 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all_
     Targets,
 )
 
-from aggregation import beside, durable, payload, peft_layout
+from aggregation import beside, durable, payload, peft_layout, sealed
 from aggregation.adapter import Adapter
 from federation import roles
 from federation.description import ReleaseError, ReleaseOptions, passed, statement_for
 from federation.metadata_files import parse_metadata
 from federation.provenance import read_provenance
 from federation.published import ReleaseRecord, RepositoryError, read_releases, read_standing
-from protos.signed import (
-    StatementError,
-)
+from federation.sealing import SealingError, SealTo, check_seal, sealed_payload
+from protos.signed import Standing, StatementError
+from protos.wraps import WrapError, Wraps
 
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
-PAYLOAD, SIGNATURES = "payload.airpeft", "signatures"
+PAYLOAD, SIGNATURES, WRAPS = "payload.airpeft", "signatures", "keys.wraps"
 LIVE_RELEASES = 24
 """Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
 
@@ -71,6 +72,7 @@ def make_request(
     options: ReleaseOptions,
     now: datetime,
     in_use: Collection[str] = (),
+    seal_to: SealTo | None = None,
 ) -> ReleaseRequest:
     """Encode an adapter and write the request for its release.
 
@@ -84,6 +86,7 @@ def make_request(
         options: what a person decides.
         now: the time, with a zone.
         in_use: targets that the current round hands out: they stay listed, however old.
+        seal_to: who alone shall be able to read the payload; None: everybody.
 
     Raises:
         ReleaseError: ``out`` exists, the metadata is not that of a repository, a field is wrong,
@@ -91,22 +94,23 @@ def make_request(
             adapter, or it is worse than its parent and no reason was given.
         LayoutError: the folder is no adapter.
         PayloadError: the adapter can't be encoded.
+        SealingError: it can't be wrapped to somebody in ``seal_to``.
         StorageError: the request can't be written.
     """
     if out.exists():
         raise ReleaseError(f"{out} exists: choose another folder for the request")
     adapter = _whole(adapter_folder, options.base_digest)
     encoded = payload.encode(adapter, dtype=options.dtype)
+    seal = wraps = None
     current, records = parse_adapters(adapters, "the current adapters metadata")
     try:
         standing = read_standing(current.signed)
-        revoked = standing.revocation(encoded.sha256)
-        if revoked is not None:
-            raise ReleaseError(
-                f"these very bytes are revoked, as {revoked.release} ({revoked.why}): no device "
-                "would install them"
-            )
-        statement = statement_for(adapter, encoded, adapter_folder, records, standing, options, now)
+        _check_not_revoked(encoded, records, standing)
+        if seal_to is not None:
+            encoded, seal, wraps = sealed_payload(encoded, seal_to, sealed.new_key())
+        statement = statement_for(
+            adapter, encoded, adapter_folder, records, standing, options, now, seal
+        )
         statement = passed(statement, records, standing, options.force_worse)
     except StatementError as error:
         raise ReleaseError(f"the release can't be described: {error}") from None
@@ -122,10 +126,27 @@ def make_request(
         PREVIOUS: adapters,
         PAYLOAD: encoded.data,
     }
+    if wraps is not None:
+        files[WRAPS] = wraps.to_bytes()
     record = ReleaseRecord(statement, encoded.sha256, encoded.length)
     files[REQUEST] = dump(_summary(record, unsigned.signed.version))
     durable.write_folder(out, files)
     return ReleaseRequest(out, record, files[METADATA], unsigned)
+
+
+def _check_not_revoked(
+    encoded: payload.Payload, records: Sequence[ReleaseRecord], standing: Standing
+) -> None:
+    """Encrypted anew, a revoked adapter has other bytes: so it is looked for by its digest too."""
+    digest = encoded.adapter_digest
+    same = [r.sha256 for r in records if r.statement.adapter_digest == digest]
+    for sha256 in (encoded.sha256, *same):
+        revoked = standing.revocation(sha256)
+        if revoked is not None:
+            raise ReleaseError(
+                f"these very bytes are revoked, as {revoked.release} ({revoked.why}): no device "
+                "would install them"
+            )
 
 
 def _whole(folder: Path, base_digest: str | None) -> Adapter:
@@ -176,7 +197,27 @@ def read_request(folder: Path) -> ReleaseRequest:
     data = read_file(folder / PAYLOAD)
     if hashlib.sha256(data).hexdigest() != new[0].sha256 or len(data) != new[0].length:
         raise ReleaseError(f"{folder / PAYLOAD} is not the payload that {METADATA} names")
+    try:
+        check_seal(new[0].statement, data)
+    except SealingError as error:
+        raise ReleaseError(f"{folder / PAYLOAD}: {error}") from None
     return ReleaseRequest(folder, new[0], metadata, after)
+
+
+def read_wraps(request: ReleaseRequest) -> bytes:
+    """The wrapped keys that lie in a request; empty where its payload is not encrypted.
+
+    Raises:
+        ReleaseError: they are missing, damaged, or for another payload.
+    """
+    if request.record.statement.seal is None:
+        return b""
+    data = read_file(request.folder / WRAPS)
+    try:
+        Wraps.from_bytes(data, request.record.sha256)
+    except WrapError as error:
+        raise ReleaseError(f"{request.folder / WRAPS}: {error}") from None
+    return data
 
 
 def describe(record: ReleaseRecord) -> dict[str, Any]:

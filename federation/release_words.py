@@ -16,7 +16,11 @@ def show_release(output: Format, data: dict[str, Any]) -> None:
     fields = dict(data)
     if fields.pop("more_evaluations", None) is not None:
         fields["evaluation"] = [data["evaluation"], *data["more_evaluations"]]
-    for name in ("privacy", "lineage", "evaluation", "hardware"):
+    if "sizes" in fields:
+        fields["sizes"] = _weights(fields["sizes"])
+    if "readers" in fields:
+        fields["readers"] = _readers(fields["readers"])
+    for name in ("privacy", "lineage", "evaluation", "hardware", "seal"):
         if name in fields:
             fields[name] = _words(name, fields[name])
     for name in ("runtime", "signed_by", "critical"):
@@ -40,6 +44,29 @@ def _words(name: str, value: Any) -> str:
         )
     said = {k: ", ".join(v) if isinstance(v, list) else v for k, v in (value or {}).items()}
     return ", ".join(f"{k} {v}" for k, v in said.items() if v) or "-"
+
+
+def _weights(sizes: dict[str, int]) -> str:
+    """How large a release is, for people."""
+    share = 100 * sizes["payload"] / max(1, sizes["body"])
+    said = (
+        f"{sizes['payload'] / 1e6:.3f} MB to fetch, {share:.0f} % of {sizes['body'] / 1e6:.3f} MB"
+    )
+    if "sealing" in sizes:
+        said += (
+            f"; encryption adds {sizes['sealing']} bytes, wrapped keys are {sizes['wraps']} bytes"
+        )
+    return said
+
+
+def _readers(readers: dict[str, Any]) -> str:
+    """Who can read an encrypted release, for people."""
+    lacking = readers["lacking"]
+    said = f"{readers['devices']} enrolled devices"
+    if lacking:
+        said += f"; without an encryption key yet: {', '.join(lacking[:5])}"
+        said += ", ..." if len(lacking) > 5 else ""
+    return f"{said}; more of them later by: airpeft release wrap"
 
 
 def epsilon(privacy: dict[str, Any]) -> str:

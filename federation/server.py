@@ -49,10 +49,12 @@ from federation.metrics import Metrics
 from federation.moving import FILE, check_not_moved, move_in
 from federation.online_keys import online_signer
 from federation.operators import ensure_admin, renew_admin
+from federation.readers import barred_keys
 from federation.repository import Repository
 from federation.sharing import check_same_fleet
 from federation.store import Store
 from federation.ticker import Ticker
+from federation.wrap_shelf import WrapShelf
 from protos.channel import Server, serve
 
 log = logging.getLogger("airpeft.federation.server")
@@ -196,6 +198,8 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         gateway.work(ticker, poked)
         dates.note(parts.repository.versions()["timestamp"], write=gateway.leads)
 
+    wraps = WrapShelf(parts.repository.folder)
+    wraps.drop(barred_keys(parts.store))  # of devices revoked when a kill came in between
     chunks = ChunkCache(parts.repository.locate, parts.metrics.altered.inc)
     service = FleetService(
         parts.fleet,
@@ -203,6 +207,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         chunks,
         parts.metrics,
         poke.set,
+        wraps=wraps,
         heartbeat=config.heartbeat_seconds,
         sent=dates.sent,
     )
@@ -243,6 +248,7 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
         wake=gateway.changed,
         online_key=lambda keyid: online_signer(config.home, keyid, config.passphrases.online),
         status=gateway.status,
+        wraps=wraps,
     )
     api_port = await serve_api(make_app(desk), config.api_port, last.get("api", 0), stack)
     ticking = asyncio.create_task(keep_working(turn, poke, config.tick_seconds))

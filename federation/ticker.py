@@ -24,7 +24,7 @@ from federation import store as tables
 from federation import turns
 from federation.fleet import Fleet
 from federation.orders import Target
-from federation.planning import Preview, preview
+from federation.planning import Preview, Unreadable, preview
 from federation.policy import Policy
 from federation.publishing import Publisher
 from federation.repository import Repository
@@ -103,9 +103,17 @@ class Ticker:
         return rollout
 
     def preview(
-        self, release: str, waves: Sequence[Wave], policy: Policy, *, other: str | None = None
+        self,
+        release: str,
+        waves: Sequence[Wave],
+        policy: Policy,
+        *,
+        other: str | None = None,
+        unreadable: Unreadable = lambda record: (),
     ) -> Preview:
         """What a rollout would do to how many devices; nothing changes.
+
+        ``unreadable`` names the devices that lack the key of an encrypted release.
 
         Raises:
             NotFoundError: no such release.
@@ -114,7 +122,7 @@ class Ticker:
         with self._store.read() as connection:
             rollout = self._draft(connection, release, waves, policy, other)
         fits = [self._repository.release(one.release) for one in rollout.targets]
-        return preview(rollout, self._fleet.observations(rollout), fits)
+        return preview(rollout, self._fleet.observations(rollout), fits, unreadable)
 
     def _draft(
         self,

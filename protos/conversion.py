@@ -15,6 +15,8 @@ from google.protobuf.message import DecodeError
 from protos.errors import WireError
 from protos.generated import fleet_pb2 as pb
 from protos.messages import (
+    ContentKeyReply,
+    ContentKeyRequest,
     DeviceEvent,
     EnrolReply,
     EnrolRequest,
@@ -41,6 +43,7 @@ PEM_MAX = 64 * 1024  # bytes of a certificate or a certificate request
 BUNDLE_FILES_MAX = 64
 BUNDLE_FILE_MAX = 8 * 1024 * 1024  # bytes
 TAGS_MAX = 32
+WRAPPED_MAX = 1024  # bytes of a wrapped key
 
 
 def encode_report(report: Report) -> bytes:
@@ -90,6 +93,12 @@ def _text(field: str, value: str, limit: int = NAME_MAX) -> str:
 def _blob(field: str, value: bytes, limit: int) -> bytes:
     if len(value) > limit:
         raise WireError(f"{field}: {len(value)} bytes, at most {limit}")
+    return value
+
+
+def _digest(field: str, value: str) -> str:
+    if len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise WireError(f"{field}: {value[:80]!r} is not 64 hex digits")
     return value
 
 
@@ -271,6 +280,8 @@ _TO: dict[type, Callable[[Any], Any]] = {
     ),
     WatchRequest: lambda n: pb.WatchRequest(**vars(n)),
     FetchRequest: lambda n: pb.FetchRequest(path=n.path, offset=n.offset),
+    ContentKeyRequest: lambda n: pb.ContentKeyRequest(sha256=n.sha256),
+    ContentKeyReply: lambda n: pb.ContentKeyReply(wrapped=n.wrapped),
 }
 
 _FROM: dict[type, Callable[[Any], Any]] = {
@@ -284,4 +295,6 @@ _FROM: dict[type, Callable[[Any], Any]] = {
     pb.WatchEvent: _watch_event,
     pb.WatchRequest: _watch_request,
     pb.FetchRequest: lambda m: FetchRequest(_text("path", m.path, PATH_MAX), m.offset),
+    pb.ContentKeyRequest: lambda m: ContentKeyRequest(_digest("sha256", m.sha256)),
+    pb.ContentKeyReply: lambda m: ContentKeyReply(_blob("wrapped", m.wrapped, WRAPPED_MAX)),
 }

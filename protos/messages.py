@@ -39,6 +39,7 @@ class RejectReason(StrEnum):
     NO_SPACE = "no-space"
     CLOCK = "clock"
     HEALTH_REGRESSED = "health-regressed"
+    CONTENT_KEY = "content-key"
 
 
 class DeviceEvent(StrEnum):
@@ -178,6 +179,20 @@ class FetchRequest:
 
     path: str
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class ContentKeyRequest:
+    """The payload whose content key is wanted, by its SHA-256 as hex."""
+
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ContentKeyReply:
+    """A content key wrapped to the device that asked, see :mod:`protos.wraps`."""
+
+    wrapped: bytes
 
 
 def bucket(salt: str, device_id: str) -> int:

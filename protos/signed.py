@@ -49,7 +49,7 @@ from protos.signed_checks import (
     target_name,
 )
 from protos.standing import STANDING, Revocation, Standing, revoked_keys
-from protos.statement import Evaluation, Hardware, Lineage, PrivacyClaim, ReleaseStatement
+from protos.statement import Evaluation, Hardware, Lineage, PrivacyClaim, ReleaseStatement, Seal
 from protos.window import Window
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "ReleaseStatement",
     "Revocation",
     "RoundDocument",
+    "Seal",
     "SignedPayload",
     "Standing",
     "StatementError",

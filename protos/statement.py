@@ -26,9 +26,10 @@ from protos.statement_parts import (
     Hardware,
     Lineage,
     PrivacyClaim,
+    Seal,
 )
 
-__all__ = ["Evaluation", "Hardware", "Lineage", "PrivacyClaim", "ReleaseStatement"]
+__all__ = ["Evaluation", "Hardware", "Lineage", "PrivacyClaim", "ReleaseStatement", "Seal"]
 
 MAX_EVALUATIONS = 16
 
@@ -56,6 +57,7 @@ class ReleaseStatement:
         model_signing: ``sha256:<hex>`` of an OpenSSF model-signing bundle over the adapter's
             folder, or empty: provenance, for whoever asks where the adapter was trained.
         hardware: what a machine must have.
+        seal: how the payload is encrypted, if it is; digest and length are of what is sent.
         notes: for people.
         made_unix: when the release was made, in seconds since 1970, UTC.
     """
@@ -76,6 +78,7 @@ class ReleaseStatement:
     forced: str = ""
     model_signing: str = ""
     hardware: Hardware = ANY_HARDWARE
+    seal: Seal | None = None
     notes: str = ""
     made_unix: int = 0
 
@@ -128,10 +131,12 @@ class ReleaseStatement:
     def to_custom(self) -> dict[str, Any]:
         """The ``custom`` field of the target; integers and strings only.
 
-        What may be missing is left out where it says nothing, and ``hardware`` is critical: an
-        agent that does not know it must not take a release that it might not be able to serve.
+        What may be missing is left out where it says nothing; ``hardware`` and ``seal`` are
+        critical: an agent that does not know them must not take a release that it might not be
+        able to serve, or to read.
         """
         extra: dict[str, Any] = {}
+        critical = []
         if self.more_evaluations:
             extra["more_evaluations"] = [one.to_custom() for one in self.more_evaluations]
         if self.forced:
@@ -139,7 +144,13 @@ class ReleaseStatement:
         if self.model_signing:
             extra["model_signing"] = self.model_signing
         if not self.hardware.anything:
-            extra |= {"hardware": self.hardware.to_custom(), "critical": ["hardware"]}
+            extra["hardware"] = self.hardware.to_custom()
+            critical.append("hardware")
+        if self.seal is not None:
+            extra["seal"] = self.seal.to_custom()
+            critical.append("seal")
+        if critical:
+            extra["critical"] = critical
         return {
             "schema": SCHEMA,
             "channel": self.channel,
@@ -193,6 +204,7 @@ class ReleaseStatement:
             forced=doc.get("forced", ""),
             model_signing=doc.get("model_signing", ""),
             hardware=Hardware.from_custom(doc.get("hardware", {})),
+            seal=optional(Seal.from_custom, doc.get("seal")),
             notes=doc.get("notes", ""),
             made_unix=doc.get("made_unix", 0),
         )
@@ -220,6 +232,7 @@ _FIELDS = (
             "forced",
             "model_signing",
             "hardware",
+            "seal",
             "notes",
             "made_unix",
         }

@@ -8,6 +8,7 @@ from typing import Any
 from protos.signed_checks import (
     DELTA_UNIT,
     DIGEST,
+    HEX,
     MICRO,
     WORD,
     StatementError,
@@ -17,6 +18,7 @@ from protos.signed_checks import (
 )
 
 MAX_DATA = 64  # fingerprints of training data
+STREAM = "stream-chacha20poly1305-1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,39 @@ class Hardware:
             machines=_words("hardware.machines", doc.get("machines", [])),
             memory_mib=doc.get("memory_mib", 0),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """How a payload is encrypted (:mod:`aggregation.sealed`).
+
+    Attributes:
+        check: 64 hex digits, by which whoever holds the content key knows that it is the right one.
+        scheme: the only one there is.
+    """
+
+    check: str
+    scheme: str = STREAM
+
+    def __post_init__(self) -> None:
+        if self.scheme != STREAM:
+            raise StatementError(f"seal.scheme {str(self.scheme)[:40]!r} is not {STREAM!r}")
+        if not isinstance(self.check, str) or not HEX.match(self.check):
+            raise StatementError(f"seal.check {str(self.check)[:80]!r} is not 64 hex digits")
+
+    def to_custom(self) -> dict[str, Any]:
+        """As JSON objects."""
+        return asdict(self)
+
+    @classmethod
+    def from_custom(cls, doc: Any) -> Seal:
+        """From JSON objects.
+
+        Raises:
+            StatementError: a field is missing or wrong, or the scheme is not known.
+        """
+        doc = check_object("seal", doc)
+        return cls(check=doc.get("check"), scheme=doc.get("scheme"))
 
 
 def _words(what: str, value: Any) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from aggregation.spec import AdapterSpec, ModuleSpec
 from clients import identity
 from clients.agent import Agent, AgentPolicy
 from clients.connection import Connection
+from clients.content_keys import ContentKeys
 from clients.device import die_with_parent, stop_on_signals
 from clients.download import Download, Way
 from clients.link import Backoff
@@ -180,6 +181,7 @@ def light_agent(
             now_ms=lambda: time.time_ns() // 1_000_000,
         ),
         connect=lambda: connect(who),
+        keys=ContentKeys(who.encryption_pem),
         sources=sources,
         held_out=None,
         policy=AgentPolicy(reconnect=(min(0.05, wait), wait), later=(min(0.05, wait), wait)),

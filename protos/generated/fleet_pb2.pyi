@@ -39,6 +39,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_NO_SPACE: _ClassVar[RejectReason]
     REJECT_REASON_CLOCK: _ClassVar[RejectReason]
     REJECT_REASON_HEALTH_REGRESSED: _ClassVar[RejectReason]
+    REJECT_REASON_CONTENT_KEY: _ClassVar[RejectReason]
 DEVICE_EVENT_UNSPECIFIED: DeviceEvent
 DEVICE_EVENT_STARTED: DeviceEvent
 DEVICE_EVENT_DOWNLOADED: DeviceEvent
@@ -66,6 +67,7 @@ REJECT_REASON_SELF_TEST: RejectReason
 REJECT_REASON_NO_SPACE: RejectReason
 REJECT_REASON_CLOCK: RejectReason
 REJECT_REASON_HEALTH_REGRESSED: RejectReason
+REJECT_REASON_CONTENT_KEY: RejectReason
 
 class EnrolRequest(_message.Message):
     __slots__ = ("token", "certificate_request", "inventory", "tags")
@@ -164,6 +166,18 @@ class Chunk(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class ContentKeyRequest(_message.Message):
+    __slots__ = ("sha256",)
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    def __init__(self, sha256: _Optional[str] = ...) -> None: ...
+
+class ContentKeyReply(_message.Message):
+    __slots__ = ("wrapped",)
+    WRAPPED_FIELD_NUMBER: _ClassVar[int]
+    wrapped: bytes
+    def __init__(self, wrapped: _Optional[bytes] = ...) -> None: ...
 
 class ReportBatch(_message.Message):
     __slots__ = ("reports",)

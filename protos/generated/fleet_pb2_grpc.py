@@ -126,6 +126,11 @@ class FleetStub:
                 request_serializer=protos_dot_generated_dot_fleet__pb2.ReportBatch.SerializeToString,
                 response_deserializer=protos_dot_generated_dot_fleet__pb2.ReportAck.FromString,
                 _registered_method=True)
+        self.ContentKey = channel.unary_unary(
+                '/airpeft.v1.Fleet/ContentKey',
+                request_serializer=protos_dot_generated_dot_fleet__pb2.ContentKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_generated_dot_fleet__pb2.ContentKeyReply.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -153,6 +158,14 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ContentKey(self, request, context):
+        """The content key of an encrypted payload, as it was wrapped to the calling device's encryption
+        key. NOT_FOUND: it was not, or not yet. FAILED_PRECONDITION: the certificate names no such key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +183,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=protos_dot_generated_dot_fleet__pb2.ReportBatch.FromString,
                     response_serializer=protos_dot_generated_dot_fleet__pb2.ReportAck.SerializeToString,
+            ),
+            'ContentKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.ContentKey,
+                    request_deserializer=protos_dot_generated_dot_fleet__pb2.ContentKeyRequest.FromString,
+                    response_serializer=protos_dot_generated_dot_fleet__pb2.ContentKeyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -254,6 +272,33 @@ class Fleet:
             '/airpeft.v1.Fleet/Report',
             protos_dot_generated_dot_fleet__pb2.ReportBatch.SerializeToString,
             protos_dot_generated_dot_fleet__pb2.ReportAck.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ContentKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/airpeft.v1.Fleet/ContentKey',
+            protos_dot_generated_dot_fleet__pb2.ContentKeyRequest.SerializeToString,
+            protos_dot_generated_dot_fleet__pb2.ContentKeyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,7 @@ from federation.operators import (
 from federation.rollout import Rollout, State, Verb
 from federation.store import Store
 from federation.waves import RolloutError
+from federation.wrap_shelf import WrapShelf
 from protos.messages import DeviceEvent, Health, Quality
 from tests.delivery.rig import DIGEST
 from tests.delivery.test_ticker import House
@@ -67,6 +68,7 @@ class Interface:
             endpoints=lambda: {},
             wake=lambda: None,
             online_key=lambda keyid: online_signer(house.home, keyid, None),
+            wraps=WrapShelf(house.repository.folder),
         )
         from starlette.testclient import TestClient
 

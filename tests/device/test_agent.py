@@ -393,7 +393,7 @@ def test_what_is_locked_is_downloaded_and_loaded_when_the_lock_goes(
         running.serves("stable-1")
         gateway.heard(DeviceEvent.COMMITTED, "stable-1")
         assert events(gateway, "stable-1") == [*OPEN, DeviceEvent.COMMITTED]
-        assert running.agent.status.waiting == ""
+        until(lambda: running.agent.status.waiting == "", what="nothing to wait for")
 
 
 def test_what_waits_for_its_window_is_installed_though_the_link_is_gone(

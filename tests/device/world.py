@@ -43,6 +43,7 @@ from federation.fleet import Fleet
 from federation.metrics import Metrics
 from federation.published import ReleaseRecord
 from federation.store import Store
+from federation.wrap_shelf import WrapShelf
 from protos.channel import serve
 from protos.messages import DeviceEvent, Report, decode_report
 from protos.signed import ReleaseStatement
@@ -110,7 +111,10 @@ class Gateway:
         self._stop, self._feed = asyncio.Event(), Feed(lambda after: self.source(after))
         metrics, now = Metrics(), datetime.now(UTC)
         chunks = ChunkCache(self.repository.locate, lambda: None)
-        self.service = Service(self.fleet, self._feed, chunks, metrics, lambda: None, heartbeat=0.2)
+        wraps = WrapShelf(self.repository.folder)
+        self.service = Service(
+            self.fleet, self._feed, chunks, metrics, lambda: None, wraps=wraps, heartbeat=0.2
+        )
         self.service.fetches = self.fetches
         self.service.cut_after, self.service.hang = self.cut_after, self.hang
         enrol = EnrolmentService(self.enrolment, metrics, self.fleet.refresh)
