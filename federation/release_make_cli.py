@@ -38,7 +38,8 @@ class Dtype(StrEnum):
     "airpeft release make ./run/adapter --channel stable --repository ./copy -o r1 "
     "--evaluation heldout:0.8425:400 --evaluation hard.json --floor 2 --notes 'security fix' | "
     "airpeft release make ./run/adapter --home ./fleet -o r1 --model-signing model.sig "
-    "--data train.jsonl --memory-mib 512 --force-worse 'forgets a leaked name'",
+    "--model-signing-key builder.pub --data train.jsonl --memory-mib 512 "
+    "--force-worse 'forgets a leaked name'",
 )
 def make(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, in PEFT's layout.")],
@@ -74,6 +75,9 @@ def make(
     model_signing: Annotated[
         Path | None, typer.Option(help="OpenSSF model-signing bundle over the adapter's folder.")
     ] = None,
+    model_signing_key: Annotated[
+        Path | None, typer.Option(help="Public key (PEM) that must have signed that bundle.")
+    ] = None,
     base_digest: Annotated[
         str | None, typer.Option(help="sha256:..., for a folder that other software wrote.")
     ] = None,
@@ -85,12 +89,17 @@ def make(
     A release that is worse than its parent on a named set, or was not measured where its parent
     was, is refused unless --force-worse says why.
     """
-    from federation.model_signing import bundle_digest
+    from federation.model_signing import BundleError, bundle_digest
     from federation.provenance import fingerprint
     from federation.release import ReleaseOptions, describe, make_request
     from protos.signed import Hardware
 
     with errors():
+        provenance = ""
+        if model_signing is not None:
+            provenance = bundle_digest(model_signing, adapter, model_signing_key)
+        elif model_signing_key is not None:
+            raise BundleError("--model-signing-key verifies a bundle: give --model-signing, too")
         options = ReleaseOptions(
             channel=channel,
             dtype=dtype.value,
@@ -101,7 +110,7 @@ def make(
             evaluations=_evaluations(evaluation or ()),
             hardware=Hardware(machines=tuple(machine or ()), memory_mib=memory_mib),
             data=tuple(fingerprint(one) for one in data or ()),
-            model_signing=bundle_digest(model_signing, adapter) if model_signing else "",
+            model_signing=provenance,
             force_worse=force_worse,
         )
         current = current_adapters(home, url, token_file, repository, channel)
