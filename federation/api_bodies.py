@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from federation.enrolment import AUTHORISED_SECONDS, TOKEN_SECONDS
 from federation.operators import Role
 from federation.policy import OnSuccess, Policy, Retries
+from federation.rate import Counting, Rate
 
 
 class Strict(BaseModel):
@@ -47,6 +48,16 @@ class RetriesRequest(Strict):
     carrier: int = Retries.carrier
 
 
+class RateRequest(Strict):
+    """Devices a minute; see :class:`federation.rate.Rate`."""
+
+    per_minute: int
+    factor: float = Rate.factor
+    every: int = Rate.every
+    counting: Counting = Rate.counting
+    max_per_minute: int = Rate.max_per_minute
+
+
 class PolicyRequest(Strict):
     """See :class:`federation.policy.Policy`."""
 
@@ -68,6 +79,7 @@ class PolicyRequest(Strict):
     deadline_seconds: float = Policy.deadline_seconds
     window: str = Field(default=Policy.window, max_length=11)
     retries: RetriesRequest = RetriesRequest()
+    rate: RateRequest | None = None
 
 
 class RolloutRequest(Strict):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from federation.rate import Rate
 from federation.waves import RolloutError
 from protos.errors import WireError
 from protos.window import Window
@@ -73,6 +74,7 @@ class Policy:
         window: when devices install, in their own time zone: ``22:00-05:00``; they download at
             once. Empty: at any time.
         retries: by class of failure.
+        rate: how many devices a minute are told; None: a wave is told at once.
     """
 
     max_failures: int = 0
@@ -93,6 +95,7 @@ class Policy:
     deadline_seconds: float = 3600.0
     window: str = ""
     retries: Retries = field(default_factory=Retries)
+    rate: Rate | None = None
 
     def __post_init__(self) -> None:
         margin, clip = self.quality_margin, self.quality_clip
@@ -150,10 +153,12 @@ class Policy:
     def from_mapping(cls, fields: Mapping[str, Any]) -> Policy:
         """The policy that :func:`dataclasses.asdict` wrote; of an older version, too."""
         given = dict(fields)
+        rate = given.get("rate")
         return cls(
             **{
                 **given,
                 "on_success": OnSuccess(given.get("on_success", OnSuccess.ADVANCE)),
                 "retries": Retries(**given.get("retries", {})),
+                "rate": Rate.from_mapping(rate) if rate else None,
             }
         )
