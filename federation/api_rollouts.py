@@ -110,13 +110,13 @@ def _standing(desk: Desk, rollout: Rollout) -> dict[str, Any]:
     return {
         "devices": rows,
         "evidence": evidence,
-        "comparison": _comparison(arms) if rollout.other is not None else None,
+        "comparison": _comparison(rollout.policy, arms) if rollout.other is not None else None,
     }
 
 
-def _comparison(arms: list[list[Observation]]) -> dict[str, Any]:
-    changes = [[-fall for fall in falls(arm)] for arm in arms]
-    return asdict(compare(*changes))
+def _comparison(policy: Policy, arms: list[list[Observation]]) -> dict[str, Any]:
+    a, b = ([-fall for fall in falls(arm)] for arm in arms)
+    return asdict(compare(a, b, clip=policy.clip, alpha=policy.quality_alpha))
 
 
 def _rollout(record: RolloutRecord) -> dict[str, Any]:

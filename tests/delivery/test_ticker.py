@@ -22,8 +22,8 @@ from federation.first_start import Passphrases, open_repository
 from federation.fleet import Fleet
 from federation.orders import BASE
 from federation.policy import Policy
-from federation.rate import Rate
 from federation.published import NotFoundError
+from federation.rate import Rate
 from federation.repository import Repository
 from federation.rollout import Rollout, State, Verb
 from federation.rollout_book import NoRolloutError
