@@ -67,6 +67,11 @@ class PolicyRequest(Strict):
     max_unhealthy_share: float = Policy.max_unhealthy_share
     max_memory_factor: float = Policy.max_memory_factor
     max_latency_factor: float = Policy.max_latency_factor
+    max_load_factor: float | None = Policy.max_load_factor
+    max_celsius: float | None = Policy.max_celsius
+    min_battery_percent: float | None = Policy.min_battery_percent
+    min_disk_bytes: float | None = Policy.min_disk_bytes
+    min_memory_bytes: float | None = Policy.min_memory_bytes
     quality_tolerance: float = Policy.quality_tolerance
     quality_alpha: float = Policy.quality_alpha
     quality_clip: float = Policy.quality_clip

@@ -172,12 +172,12 @@ def _interval(x: Array, y: Array, alpha: float) -> tuple[float, float]:
         ]
         bets_a, bets_b = (log_capitals(*one) for one in ((x, grids[0]), (y, grids[1])))
         capital = log_mixture(bets_a[:, :, None], bets_b[:, None, :])
-        left = np.asarray(capital < limit)
-        rows, columns = left.any(axis=1), left.any(axis=0)
+        left = capital < limit
+        sides = [np.atleast_1d(left.any(axis=axis)) for axis in (1, 0)]
         # What lies on the border of the box, but not of the possible, may go on beyond it.
         cut = any(
             (seen[0] and grid[0] > 0) or (seen[-1] and grid[-1] < 1)
-            for seen, grid in zip((rows, columns), grids, strict=True)
+            for seen, grid in zip(sides, grids, strict=True)
         )
         if not cut:
             break

@@ -53,10 +53,14 @@ class Policy:
         max_failures: devices whose install may fail before the rollout halts.
         max_failure_share: the same as a share of the devices reached; the larger one holds. To be
             safe from lying devices it must be at least ``liar_share``.
-        max_unhealthy: devices that may be worse off (memory, latency) before it halts.
+        max_unhealthy: devices that may be worse off (:mod:`federation.concerns`) before it halts.
         max_unhealthy_share: the same as a share of the devices reached; the larger one holds.
         max_memory_factor: a device whose process has grown by more than this is unhealthy.
         max_latency_factor: likewise for the median latency of a request.
+        max_load_factor: likewise for the load of a minute; None: it doesn't count.
+        max_celsius: a device that is hotter than this, and was not before, is unhealthy; None: it
+            doesn't count. So with ``min_battery_percent`` of charge left, ``min_disk_bytes`` free
+            and ``min_memory_bytes`` available on the whole device.
         quality_tolerance: how far the mean accuracy on the devices' own data may fall; the
             rollout halts when a larger fall is shown, see :mod:`federation.evidence`.
         quality_alpha: chance of halting a release that is within the tolerance, ever.
@@ -83,6 +87,11 @@ class Policy:
     max_unhealthy_share: float = 0.05
     max_memory_factor: float = 3.0
     max_latency_factor: float = 10.0
+    max_load_factor: float | None = None
+    max_celsius: float | None = None
+    min_battery_percent: float | None = None
+    min_disk_bytes: float | None = None
+    min_memory_bytes: float | None = None
     quality_tolerance: float = 0.02
     quality_alpha: float = 0.05
     quality_clip: float = 0.1
@@ -106,6 +115,11 @@ class Policy:
             "max_unhealthy_share (0 to 1)": 0 <= self.max_unhealthy_share <= 1,
             "max_memory_factor (above 1)": 1 < self.max_memory_factor < math.inf,
             "max_latency_factor (above 1)": 1 < self.max_latency_factor < math.inf,
+            "max_load_factor (above 1)": _within(self.max_load_factor, 1),
+            "max_celsius (above 0)": _within(self.max_celsius, 0),
+            "min_battery_percent (above 0, up to 100)": _within(self.min_battery_percent, 0, 100),
+            "min_disk_bytes (above 0)": _within(self.min_disk_bytes, 0),
+            "min_memory_bytes (above 0)": _within(self.min_memory_bytes, 0),
             "quality_tolerance (0 to 1)": 0 <= self.quality_tolerance <= 1,
             "quality_alpha (above 0, below 1)": 0 < self.quality_alpha < 1,
             "quality_clip (above 0, up to 1)": 0 < clip <= 1,
@@ -162,3 +176,7 @@ class Policy:
                 "rate": Rate.from_mapping(rate) if rate else None,
             }
         )
+
+
+def _within(given: float | None, above: float, most: float = math.inf) -> bool:
+    return given is None or (above < given <= most and given < math.inf)
