@@ -1,4 +1,6 @@
-"""Commands of the server's side: ``airpeft server``, ``airpeft fleet``, ``airpeft rollout``.
+"""Commands of the server's side: ``airpeft server``, and how devices come into the fleet.
+
+The other verbs of ``airpeft fleet`` stand in :mod:`federation.fleet_cli`.
 
 Exit codes: 0 done; 2 bad input, or the server said no.
 """
@@ -8,13 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from federation.errors import FederationError
+from federation.fleet_cli import fleet, tags_of
 from federation.rollout_cli import rollout
 from federation.shown import (
     HERE,
@@ -23,8 +25,6 @@ from federation.shown import (
     Home,
     TokenFile,
     Url,
-    Why,
-    ago,
     at,
     call_operator,
     plain_errors,
@@ -34,14 +34,6 @@ from federation.shown import (
 from privacy.errors import PrivacyError
 
 __all__ = ["fleet", "rollout", "server"]
-
-fleet = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    help="List the devices; make enrolment tokens; revoke certificates.",
-    epilog="Example: airpeft fleet list",
-)
 
 
 def server(
@@ -104,85 +96,6 @@ def server(
         )
 
 
-WhereOption = Annotated[
-    str,
-    typer.Option("--where", help='Filter, as: tag.site == "north" and memory_bytes >= 2e9'),
-]
-
-
-@fleet.command("list")
-def fleet_list(
-    where: WhereOption = "",
-    home: Home = HERE,
-    url: Url = None,
-    token_file: TokenFile = None,
-    format: AsFormat = Format.TABLE,  # noqa: A002
-) -> None:
-    """All devices, or those that a filter means, with what runs on each.
-
-    Example: airpeft fleet list --where 'tag.site == "north" and not running == "stable-3"'
-    """
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        devices = operator.devices(where)
-    empty = "no device is meant by this filter" if where else ""
-    show("devices", devices, format, lambda: _print_devices(devices, empty))
-
-
-@fleet.command("tag")
-def fleet_tag(
-    device: Annotated[str, typer.Argument(help="Name of the device.")],
-    tag: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE; any number.")] = None,
-    remove: Annotated[list[str] | None, typer.Option(help="KEY; repeatable.")] = None,
-    why: Why = "",
-    home: Home = HERE,
-    url: Url = None,
-    token_file: TokenFile = None,
-    format: AsFormat = Format.TABLE,  # noqa: A002
-) -> None:
-    """Set or remove tags; waves and filters pick devices by them.
-
-    Example: airpeft fleet tag kitchen site=north ring=canary --remove spare
-    """
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        changes: dict[str, str | None] = {**_tags(tag), **dict.fromkeys(remove or [])}
-        one = operator.tag(device, changes, why)
-    show("device", one, format, lambda: _print_devices([one]))
-
-
-@fleet.command("show")
-def fleet_show(
-    device: Annotated[str, typer.Argument(help="Name of the device.")],
-    home: Home = HERE,
-    url: Url = None,
-    token_file: TokenFile = None,
-    format: AsFormat = Format.TABLE,  # noqa: A002
-) -> None:
-    """One device and its newest reports.
-
-    Example: airpeft fleet show d-0a1b2c3d4e --home fleet-server
-    """
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        one = operator.device(device)
-
-    def table() -> None:
-        _print_devices([one])
-        rows = [
-            (
-                r["sequence"],
-                at(r["received"]),
-                r["event"],
-                r["release"],
-                r["reason"] or "",
-                r["detail"],
-            )
-            for r in one["reports"]
-        ]
-        columns = ("REPORT", "RECEIVED", "EVENT", "RELEASE", "REASON", "DETAIL")
-        print_table(columns, rows, "no report yet")
-
-    show("device", one, format, table)
-
-
 @fleet.command("roster")
 def fleet_roster(
     out: Annotated[Path, typer.Argument(help="The roster, a new file.")],
@@ -236,7 +149,7 @@ def fleet_token(
     from aggregation import durable
 
     with plain_errors(), call_operator(home, url, token_file) as operator:
-        made = operator.make_token(device_id=device, tags=_tags(tag), seconds=hours * 3600)
+        made = operator.make_token(device_id=device, tags=tags_of(tag), seconds=hours * 3600)
         document = {key: made[key] for key in ("enrol", "fleet", "token", "authority_pem")}
         durable.write_bytes(out, json.dumps(document, indent=2).encode(), mode=0o600)
     data = {"file": str(out), "expires": made["expires"]}
@@ -267,7 +180,9 @@ def fleet_authorise(
             text = key.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise FederationError(f"cannot read the public key {key}: {error}") from error
-        made = operator.authorise_key(text, device_id=device, tags=_tags(tag), seconds=days * 86400)
+        made = operator.authorise_key(
+            text, device_id=device, tags=tags_of(tag), seconds=days * 86400
+        )
         document = {key: made[key] for key in ("enrol", "fleet", "authority_pem")}
         durable.write_bytes(out, json.dumps(document, indent=2).encode())
     data = {"file": str(out), "expires": made["expires"]}
@@ -275,76 +190,6 @@ def fleet_authorise(
         f"{out}: this key's device, until {at(made['expires'])}; then: airpeft device enrol {out}"
     )
     show("authorised-key", data, format, lambda: typer.echo(line))
-
-
-@fleet.command("revoke")
-def fleet_revoke(
-    device: Annotated[str, typer.Argument(help="Name of the device.")],
-    serial: Annotated[
-        str | None, typer.Option(help="Only this certificate (hex); the device may renew.")
-    ] = None,
-    why: Why = "",
-    home: Home = HERE,
-    url: Url = None,
-    token_file: TokenFile = None,
-    format: AsFormat = Format.TABLE,  # noqa: A002
-) -> None:
-    """Never admit a device again; its open stream is cut.
-
-    Example: airpeft fleet revoke kitchen --why stolen
-    """
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        one = operator.revoke(device, why, serial)
-    show("device", one, format, lambda: typer.echo(f"{device}: revoked"))
-
-
-@fleet.command("lagging")
-def fleet_lagging(
-    home: Home = HERE,
-    url: Url = None,
-    token_file: TokenFile = None,
-    hours: Annotated[float, typer.Option(help="Silent for longer than this.")] = 24.0,
-    where: WhereOption = "",
-    format: AsFormat = Format.TABLE,  # noqa: A002
-) -> None:
-    """Devices that were silent for long: off, cut off, or held back by someone in between.
-
-    Example: airpeft fleet lagging --hours 48
-    """
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        devices = operator.devices(where)
-    oldest = time.time() - hours * 3600
-    away = [d for d in devices if not d["revoked"] and not d["connected"]]
-    late = [d for d in away if (d["last_seen"] or 0) < oldest]
-    show("devices", late, format, lambda: _print_devices(late, f"none for {hours:g} h"))
-
-
-def _print_devices(devices: list[dict[str, Any]], empty: str = "") -> None:
-    now = time.time()
-    rows = [
-        (
-            d["id"],
-            "revoked" if d["revoked"] else "active",
-            d["running"] or "(base)",
-            "connected" if d["connected"] else ago(d["last_seen"], now),
-            d["inventory"].get("runtime", ""),
-            " ".join(f"{key}={value}" for key, value in sorted(d["tags"].items())),
-        )
-        for d in devices
-    ]
-    columns = ("DEVICE", "STATE", "RUNNING", "SEEN", "RUNTIME", "TAGS")
-    advice = "no device yet; make an enrolment file with: airpeft fleet token --out enrol.json"
-    print_table(columns, rows, empty or advice)
-
-
-def _tags(given: list[str] | None) -> dict[str, str]:
-    tags = {}
-    for text in given or []:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise FederationError(f"--tag {text!r} is not of the form KEY=VALUE")
-        tags[key] = value
-    return tags
 
 
 def _passphrase(file: Path | None) -> str | None:
