@@ -124,7 +124,8 @@ class Progress(BaseModel):
 
     fleet: int
     reached: int
-    committed: int
+    committed: int = Field(description="Of those told, how many have said that it serves.")
+    running: int = Field(description="Of the fleet, how many run it now.")
     failed: int
     worse_off: int
     allowed_failures: int

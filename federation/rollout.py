@@ -242,8 +242,8 @@ def _tell_more(rollout: Rollout, observations: Sequence[Observation], now: float
     if wider.notified == rollout.notified and wider.goal is not None:
         return Decision(wider)
     name = f"wave {wider.wave + 1} of {len(wider.waves)}"
-    line = f"{name}: {wider.notified - rollout.notified} more devices told"
-    line = f"{line}, {wider.notified} in all" + ("" if wider.goal else "; all of the wave is told")
+    line = f"{name}: {wider.notified - rollout.notified} more told, {wider.notified} in all"
+    line += "" if wider.goal else "; all of the wave is told"
     return Decision(wider, wider.orders(f"{name}: {rollout.policy.rate}"), line)
 
 

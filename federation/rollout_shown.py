@@ -23,7 +23,7 @@ def wave_of(one: Mapping[str, Any]) -> str:
 def progress(one: Mapping[str, Any]) -> str:
     """One line about a rollout under way."""
     done = one["progress"]
-    parts = [f"{done['committed']} of {done['reached']} told devices run it"]
+    parts = [f"{done['reached']} of {done['fleet']} devices told, {done['running']} run it"]
     pace = one["pace"]
     if pace is not None and pace["waiting"]:
         parts.append(f"{pace['waiting']} to be told at {pace['per_minute']} a minute")
@@ -40,8 +40,7 @@ def effect(verb: Verb, one: Mapping[str, Any], allowed: bool) -> str:
         needs = ", ".join(sorted(ALLOWED[verb]))
         return f"cannot {verb} {name}: it is {one['state']}; {verb} needs: {needs}"
     before = one["previous"]["release"] or "the base model"
-    names = {one["release"]["release"], (one["other"] or {}).get("release")}
-    running = sum(device["running"] in names for device in one["devices"])
+    running = done["running"]
     wave = min(one["wave"] + 1, len(one["waves"]) - 1)
     further = f"wave {wave + 1} of {len(one['waves'])} ({one['waves'][wave]})"
     words = {
@@ -86,7 +85,7 @@ def print_rollout(one: Mapping[str, Any]) -> None:
         if found["devices"]:
             _say(
                 f"accuracy with {found['release']}: falls by {found['mean']:+.4f} on"
-                f" {found['devices']} devices ({found['trimmed']} left out), evidence"
+                f" {_devices(found['devices'])} ({found['trimmed']} left out), evidence"
                 f" {found['capital']:.3g} of {found['needed']:.3g} needed to halt"
             )
     if one["comparison"] is not None:
@@ -113,7 +112,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             wave["silent"],
             size_of(wave["download_bytes"]),
             wave["allowed_failures"],
-            lasting(wave["telling_seconds"]) if plan["rate"] else "at once",
+            lasting(wave["telling_seconds"]) if wave["telling_seconds"] else "at once",
         )
         for number, wave in enumerate(plan["waves"], 1)
     ]
@@ -139,12 +138,13 @@ def _say(text: str, more: str = "", *, sign: str = "; ") -> None:
     typer.echo(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 
 
+def _devices(count: int) -> str:
+    return f"{count} device{'s' * (count != 1)}"
+
+
 def _told(one: Mapping[str, Any]) -> str:
     done = one["progress"]
-    return (
-        f"{done['reached']} of {done['fleet']} devices told,"
-        f" {done['committed']} of them run the release"
-    )
+    return f"{done['reached']} of {done['fleet']} devices told, {done['running']} run the release"
 
 
 def _pace(pace: Mapping[str, Any] | None) -> list[str]:
@@ -170,16 +170,16 @@ def _grouped(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _allowed(kind: str, done: Mapping[str, Any]) -> str:
     if kind == "failed":
-        return f" ({done['failed']} devices, {done['allowed_failures']} allowed)"
+        return f" ({_devices(done['failed'])}, {done['allowed_failures']} allowed)"
     if kind == "worse off":
-        return f" ({done['worse_off']} devices, {done['allowed_unhealthy']} allowed)"
+        return f" ({_devices(done['worse_off'])}, {done['allowed_unhealthy']} allowed)"
     return ""
 
 
 def _comparison(one: Mapping[str, Any]) -> str:
     a, b, found = one["release"]["release"], one["other"]["release"], one["comparison"]
     if found["low"] is None:
-        counted = f"{a} on {found['devices_a']} devices, {b} on {found['devices_b']}"
+        counted = f"{a} on {_devices(found['devices_a'])}, {b} on {found['devices_b']}"
         return f"{counted}: a comparison needs both"
     effect = "" if found["effect"] is None else f", effect size {found['effect']:+.2f}"
     winner = {"a": f"{a} is better", "b": f"{b} is better", "": "no difference shown yet"}

@@ -63,11 +63,12 @@ def _plain(one: Concern) -> dict[str, Any]:
 def _progress(
     rollout: Rollout, observations: Sequence[Observation], reached: Sequence[Observation]
 ) -> dict[str, int]:
-    policy = rollout.policy
+    policy, names = rollout.policy, {target.release for target in rollout.targets}
     return {
         "fleet": len(observations),
         "reached": len(reached),
         "committed": sum(one.committed for one in reached),
+        "running": sum(one.running in names for one in observations),
         "failed": sum(one.given_up(policy.retries) for one in reached),
         "worse_off": sum(bool(complaints(policy, one)) for one in reached),
         "allowed_failures": policy.allowed_failures(len(reached)),
