@@ -15,12 +15,19 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, HTTPException, Query, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aggregation.durable import StorageError
+from federation.api_answers import (
+    AdaptersAnswer,
+    DeviceAnswer,
+    DevicesAnswer,
+    EnrolmentAnswer,
+    HealthAnswer,
+    ReleaseAnswer,
+    TokenAnswer,
+)
 from federation.api_bodies import (
     KeyRequest,
     ReleaseRequest,
@@ -28,47 +35,36 @@ from federation.api_bodies import (
     TagsRequest,
     TokenRequest,
 )
+from federation.api_errors import RESPONSES, add_errors
 from federation.api_operators import add_operator_routes
 from federation.api_rollouts import add_rollout_routes
 from federation.api_trust import add_trust_routes
 from federation.api_wraps import add_wrap_routes, keep_wraps
 from federation.desk import Desk
-from federation.enrolment import EnrolmentError
-from federation.errors import FederationError
 from federation.filters import Filter
-from federation.fleet import UnknownDeviceError
 from federation.metadata_files import parse_metadata
 from federation.metrics import CONTENT_TYPE
-from federation.operators import Operator, OperatorsError, Right, operator_of
-from federation.postgres import DatabaseAwayError
-from federation.published import NotFoundError, PublishError, ReleaseRecord
+from federation.operators import Operator, Right, operator_of
+from federation.published import ReleaseRecord
 from federation.readers import barred_keys
-from federation.rollout_book import NoRolloutError
-from federation.waves import RolloutError
 
 BEHIND_HOURS = 24.0  # the life of a timestamp
 BODY_SECONDS = 30.0  # that a part of a body may take
 BODY_MAX = 96 * 1024 * 1024  # bytes; a release is posted in base64
-
-STATUS: dict[type[Exception], int] = {
-    NotFoundError: 404,
-    NoRolloutError: 404,
-    UnknownDeviceError: 404,
-    RolloutError: 409,
-    PublishError: 409,
-    EnrolmentError: 409,
-    OperatorsError: 409,
-    DatabaseAwayError: 503,
-    StorageError: 507,
-}
-
 
 Where = Annotated[str, Query(max_length=1000)]
 
 
 def make_app(desk: Desk) -> FastAPI:
     """The application over one server's objects."""
-    app = FastAPI(title="AirPEFT fleet server", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="AirPEFT fleet server",
+        description=__doc__,
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        responses=RESPONSES,
+    )
     app.add_middleware(
         BodyLimit, refused=lambda status: desk.metrics.operators.labels(str(status)).inc()
     )
@@ -93,7 +89,7 @@ def make_app(desk: Desk) -> FastAPI:
         return Annotated[str, Depends(name)]
 
     look, operate = needs(Right.LOOK), needs(Right.OPERATE)
-    _add_errors(app)
+    add_errors(app)
     _add_open_routes(app, desk)
     _add_fleet_routes(app, desk, look, operate)
     _add_release_routes(app, desk, look, operate)
@@ -153,31 +149,22 @@ class BodyLimit:
         await self._app(scope, counted, told)
 
 
-def _add_errors(app: FastAPI) -> None:
-    def say(status: int, code: str, message: str) -> JSONResponse:
-        return JSONResponse({"error": {"code": code, "message": message}}, status)
-
-    @app.exception_handler(FederationError)
-    @app.exception_handler(StorageError)
-    async def _known(_request: Request, error: Exception) -> JSONResponse:
-        status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 400)
-        code = getattr(error, "reason", type(error).__name__.removesuffix("Error").lower())
-        return say(status, str(code), str(error))
-
-    @app.exception_handler(HTTPException)
-    async def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        return say(error.status_code, "http", str(error.detail))
-
-
 def _add_open_routes(app: FastAPI, desk: Desk) -> None:
-    @app.get("/v1/health")
+    @app.get("/v1/health", response_model=HealthAnswer, tags=["server"])
     def health() -> dict[str, Any]:
+        """Whether the server works; needs no token."""
         status = desk.status()
         trouble = desk.ticker.trouble or status.get("trouble", "")
         return {**status, "status": "serving", "trouble": trouble}
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics",
+        response_model=None,
+        responses={200: {"content": {CONTENT_TYPE: {}}, "description": "Prometheus' text."}},
+        tags=["server"],
+    )
     def metrics() -> Response:
+        """The server's metrics in Prometheus' text format; needs no token."""
         known = desk.fleet.devices()
         devices = Counter("revoked" if d["revoked"] else "active" for d in known)
         ages = [desk.dates.hours(d) or 0.0 for d in known if not d["revoked"]]
@@ -190,8 +177,9 @@ def _add_open_routes(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
-    @app.post("/v1/enrolment-tokens", status_code=201)
+    @app.post("/v1/enrolment-tokens", status_code=201, response_model=TokenAnswer, tags=["devices"])
     def make_token(body: TokenRequest, operator: operate) -> dict[str, Any]:
+        """Let one device enrol, with a token that can be used once."""
         token = desk.enrolment.make_token(
             who=operator, device_id=body.device_id, tags=body.tags, seconds=body.seconds
         )
@@ -202,8 +190,11 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
             "authority_pem": desk.enrolment.authority_pem.decode(),
         }
 
-    @app.post("/v1/authorised-keys", status_code=201)
+    @app.post(
+        "/v1/authorised-keys", status_code=201, response_model=EnrolmentAnswer, tags=["devices"]
+    )
     def authorise_key(body: KeyRequest, operator: operate) -> dict[str, Any]:
+        """Let the device with this key enrol, without a token."""
         expires = desk.enrolment.authorise_key(
             body.public_key.encode(),
             who=operator,
@@ -214,33 +205,50 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
         authority = desk.enrolment.authority_pem.decode()
         return {**desk.endpoints(), "expires": expires, "authority_pem": authority}
 
-    @app.get("/v1/devices")
-    def devices(operator: look, where: Where = "") -> dict[str, Any]:
+    def dated(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "metadata_hours": desk.dates.hours(row)}
+
+    @app.get("/v1/devices", response_model=DevicesAnswer, tags=["devices"])
+    def list_devices(
+        operator: look,
+        where: Where = "",
+        silent_hours: Annotated[float | None, Query(ge=0)] = None,
+        metadata_hours: Annotated[float | None, Query(ge=0)] = None,
+    ) -> dict[str, Any]:
+        """All devices, or those that a filter means.
+
+        With ``silent_hours`` or ``metadata_hours`` only those that lag: active, and not connected
+        and not seen for longer, or without newer metadata for longer.
+        """
         newest = desk.repository.versions()["timestamp"]
-        rows = desk.fleet.devices(_filter(where))
-        found = [{**row, "metadata_hours": desk.dates.hours(row)} for row in rows]
+        found = [dated(row) for row in desk.fleet.devices(_filter(where))]
+        if silent_hours is not None or metadata_hours is not None:
+            now = desk.store.clock()
+            found = [one for one in found if _lags(one, now, silent_hours, metadata_hours)]
         return {"devices": found, "timestamp_version": newest}
 
-    @app.get("/v1/devices/{device_id}")
-    def device(device_id: str, operator: look) -> dict[str, Any]:
-        found = desk.fleet.device(device_id)
-        return {**found, "metadata_hours": desk.dates.hours(found)}
+    @app.get("/v1/devices/{device_id}", response_model=DeviceAnswer, tags=["devices"])
+    def show_device(device_id: str, operator: look) -> dict[str, Any]:
+        """One device with its newest reports."""
+        return dated(desk.fleet.device(device_id))
 
-    @app.post("/v1/devices/{device_id}/revoke")
-    def revoke(device_id: str, body: RevokeRequest, operator: operate) -> dict[str, Any]:
+    @app.post("/v1/devices/{device_id}/revoke", response_model=DeviceAnswer, tags=["devices"])
+    def revoke_device(device_id: str, body: RevokeRequest, operator: operate) -> dict[str, Any]:
+        """Never admit a device again, or one certificate of it."""
         desk.fleet.revoke(device_id, who=operator, why=body.why, serial=body.serial)
         desk.wraps.drop(barred_keys(desk.store))
         desk.wake()
         return desk.fleet.device(device_id)
 
-    @app.post("/v1/devices/{device_id}/tags")
-    def tag(device_id: str, body: TagsRequest, operator: operate) -> dict[str, Any]:
+    @app.post("/v1/devices/{device_id}/tags", response_model=DeviceAnswer, tags=["devices"])
+    def tag_device(device_id: str, body: TagsRequest, operator: operate) -> dict[str, Any]:
+        """Set tags of a device; null takes one away."""
         desk.fleet.tag(device_id, body.tags, who=operator, why=body.why)
         return desk.fleet.device(device_id)
 
 
 def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
-    @app.get("/v1/repository/adapters")
+    @app.get("/v1/repository/adapters", response_model=AdaptersAnswer, tags=["releases"])
     def adapters(operator: look, channel: str = "") -> dict[str, Any]:
         """The current metadata of a channel's role: what its next release is made from."""
         data = desk.repository.adapters(channel)
@@ -251,12 +259,14 @@ def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> No
             "in_use": sorted(desk.repository.in_use()),
         }
 
-    @app.get("/v1/releases")
-    def releases(operator: look) -> list[dict[str, Any]]:
+    @app.get("/v1/releases", response_model=list[ReleaseAnswer], tags=["releases"])
+    def list_releases(operator: look) -> list[dict[str, Any]]:
+        """Every release that the adapter keys vouch for."""
         return [_release(record) for record in desk.repository.releases()]
 
-    @app.post("/v1/releases", status_code=201)
-    def publish(body: ReleaseRequest, operator: operate) -> dict[str, Any]:
+    @app.post("/v1/releases", status_code=201, response_model=ReleaseAnswer, tags=["releases"])
+    def publish_release(body: ReleaseRequest, operator: operate) -> dict[str, Any]:
+        """Publish a signed release; sending it again changes nothing."""
         try:
             metadata = base64.b64decode(body.metadata, validate=True)
             payload = base64.b64decode(body.payload, validate=True)
@@ -284,3 +294,13 @@ def _release(record: ReleaseRecord) -> dict[str, Any]:
         "length": record.length,
         "statement": record.statement.to_custom(),
     }
+
+
+def _lags(one: dict[str, Any], now: float, silent: float | None, metadata: float | None) -> bool:
+    """Whether an active device was silent, or without newer metadata, for more hours than these."""
+    if one["revoked"] is not None:
+        return False
+    quiet = silent is not None and not one["connected"]
+    return (quiet and (one["last_seen"] or 0) < now - (silent or 0) * 3600) or (
+        metadata is not None and (one["metadata_hours"] or 0.0) > metadata
+    )

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from federation.enrolment import AUTHORISED_SECONDS, TOKEN_SECONDS
 from federation.operators import Role
 from federation.policy import OnSuccess, Policy, Retries
+from federation.rate import Counting, Rate
 
 
 class Strict(BaseModel):
@@ -54,6 +55,16 @@ class RetriesRequest(Strict):
     carrier: int = Retries.carrier
 
 
+class RateRequest(Strict):
+    """Devices a minute; see :class:`federation.rate.Rate`."""
+
+    per_minute: int
+    factor: float = Rate.factor
+    every: int = Rate.every
+    counting: Counting = Rate.counting
+    max_per_minute: int = Rate.max_per_minute
+
+
 class PolicyRequest(Strict):
     """See :class:`federation.policy.Policy`."""
 
@@ -63,10 +74,11 @@ class PolicyRequest(Strict):
     max_unhealthy_share: float = Policy.max_unhealthy_share
     max_memory_factor: float = Policy.max_memory_factor
     max_latency_factor: float = Policy.max_latency_factor
-    min_disk_free_bytes: int = Policy.min_disk_free_bytes
-    max_battery_fall: float | None = Policy.max_battery_fall
-    max_load_rise: float | None = Policy.max_load_rise
-    max_temperature_celsius: float | None = Policy.max_temperature_celsius
+    max_load_factor: float | None = Policy.max_load_factor
+    max_celsius: float | None = Policy.max_celsius
+    min_battery_percent: float | None = Policy.min_battery_percent
+    min_disk_bytes: float | None = Policy.min_disk_bytes
+    min_memory_bytes: float | None = Policy.min_memory_bytes
     quality_tolerance: float = Policy.quality_tolerance
     quality_alpha: float = Policy.quality_alpha
     quality_clip: float = Policy.quality_clip
@@ -79,6 +91,7 @@ class PolicyRequest(Strict):
     deadline_seconds: float = Policy.deadline_seconds
     window: str = Field(default=Policy.window, max_length=11)
     retries: RetriesRequest = RetriesRequest()
+    rate: RateRequest | None = None
 
 
 class RolloutRequest(Strict):

@@ -3,21 +3,21 @@
 # No "from __future__ import annotations" here: FastAPI reads the annotations of functions that
 # live inside another function.
 
-from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Query
 
+from federation.api_answers import RolloutAnswer, RolloutStatus
 from federation.api_bodies import RolloutRequest, WhyRequest
 from federation.api_wraps import lacking_key
-from federation.comparison import compare
 from federation.desk import Desk
-from federation.judging import falls, quality_fall
+from federation.filters import Filter
 from federation.operators import Right
-from federation.orders import Observation
+from federation.planning import Preview
 from federation.policy import Policy
-from federation.rollout import Rollout, State, Verb
+from federation.rollout import State, Verb
 from federation.rollout_book import RolloutRecord
+from federation.standing import standing
 from federation.waves import Wave, parse_plan
 
 NEEDS = {
@@ -43,88 +43,77 @@ def add_rollout_routes(app: FastAPI, desk: Desk, look: Any, operate: Any, known:
         active = sum(device["revoked"] is None for device in desk.fleet.devices())
         return parse_plan(body.waves, active), Policy.from_mapping(body.policy.model_dump())
 
-    @app.post("/v1/rollouts/plan")
-    def plan(body: RolloutRequest, operator: look) -> dict[str, Any]:
+    @app.post("/v1/rollouts/plan", tags=["rollouts"])
+    def plan_rollout(body: RolloutRequest, operator: look) -> Preview:
         """What would happen to how many devices; nothing does."""
         waves, policy = plan_of(body)
-        found = desk.ticker.preview(
+        return desk.ticker.preview(
             body.release,
             waves,
             policy,
             other=body.other,
             unreadable=lambda record: lacking_key(desk, record),
         )
-        return asdict(found)
 
-    @app.post("/v1/rollouts", status_code=201)
-    def start(body: RolloutRequest, operator: operate) -> dict[str, Any]:
+    @app.post("/v1/rollouts", status_code=201, response_model=RolloutStatus, tags=["rollouts"])
+    def start_rollout(body: RolloutRequest, operator: operate) -> dict[str, Any]:
+        """Start a rollout, or a comparison of two releases; or only draft it."""
         waves, policy = plan_of(body)
         begin = desk.ticker.create if body.draft else desk.ticker.start
         rollout = begin(body.release, waves, policy, who=operator, why=body.why, other=body.other)
-        return status(rollout.id, operator)
+        return _status(desk, rollout.id)
 
-    @app.get("/v1/rollouts")
-    def rollouts(operator: look) -> list[dict[str, Any]]:
-        return [_rollout(record) for record in desk.ticker.records()]
+    @app.get("/v1/rollouts", response_model=list[RolloutAnswer], tags=["rollouts"])
+    def list_rollouts(
+        operator: look,
+        state: Annotated[list[State] | None, Query()] = None,
+        release: Annotated[str, Query(max_length=200)] = "",
+    ) -> list[dict[str, Any]]:
+        """All rollouts, newest first; or those in these states, or of this release."""
+        return [
+            _rollout(record)
+            for record in desk.ticker.records()
+            if (not state or record.rollout.state in state)
+            and (not release or release in [one.release for one in record.rollout.targets])
+        ]
 
-    @app.get("/v1/rollouts/{rollout_id}")
-    def status(rollout_id: str, operator: look) -> dict[str, Any]:
-        record = desk.ticker.record(rollout_id)
-        return {**_rollout(record), **_standing(desk, record.rollout)}
+    @app.get("/v1/rollouts/{rollout_id}", response_model=RolloutStatus, tags=["rollouts"])
+    def show_rollout(
+        rollout_id: str,
+        operator: look,
+        where: Annotated[str, Query(max_length=1000)] = "",
+        troubled: bool = False,
+    ) -> dict[str, Any]:
+        """One rollout with what each device said.
 
-    @app.post("/v1/rollouts/{rollout_id}/{verb}")
-    def act(rollout_id: str, verb: Verb, body: WhyRequest, operator: known) -> dict[str, Any]:
+        ``where`` and ``troubled`` choose the devices that are listed, not those that are counted.
+        """
+        return _status(desk, rollout_id, Filter.parse(where) if where.strip() else None, troubled)
+
+    @app.post("/v1/rollouts/{rollout_id}/{verb}", response_model=RolloutStatus, tags=["rollouts"])
+    def act_on_rollout(
+        rollout_id: str, verb: Verb, body: WhyRequest, operator: known
+    ) -> dict[str, Any]:
+        """Start a draft, approve, pause, resume, abort or roll back."""
         right = NEEDS.get(verb, Right.OPERATE)
         if not operator.may(right):
             raise HTTPException(
                 403, f"{operator.name} has the role {operator.role}, which may not {right}"
             )
         desk.ticker.act(rollout_id, verb, who=operator.name, why=body.why)
-        return status(rollout_id, operator.name)
+        return _status(desk, rollout_id)
 
 
-def _standing(desk: Desk, rollout: Rollout) -> dict[str, Any]:
-    """Each device, the evidence about quality, and the comparison where there is one."""
-    observations = desk.fleet.observations(rollout)
-    words = {(one["device_id"], one["release"]): one for one in desk.fleet.outcomes(rollout.id)}
-    started = rollout.wave >= 0
-    arms: list[list[Observation]] = [[] for _ in rollout.targets]
-    rows = []
-    for one in observations:
-        side = rollout.arm(one.device_id)
-        arms[side].append(one)
-        release = rollout.targets[side].release
-        word = words.get((one.device_id, release), {})
-        rows.append(
-            {
-                "device_id": one.device_id,
-                "in_wave": started and rollout.includes(one.device_id),
-                "release": release,
-                "running": one.running,
-                "outcome": one.outcome,
-                "reason": one.reason,
-                "attempts": one.attempts if one.failed else 0,
-                "quality": asdict(one.quality) if one.quality else None,
-                "detail": word.get("detail", ""),
-                "payload_bytes": word.get("payload_bytes", 0),
-            }
-        )
-    evidence = []
-    for target, arm in zip(rollout.targets, arms, strict=True):
-        reached = sum(started and rollout.includes(one.device_id) for one in arm)
-        found = quality_fall(rollout.policy, arm, reached, arms=len(arms))
-        shown = {"release": target.release, "shown": found.shown, "reached": reached}
-        evidence.append({**shown, **asdict(found)})
+def _status(
+    desk: Desk, rollout_id: str, where: Filter | None = None, troubled: bool = False
+) -> dict[str, Any]:
+    record = desk.ticker.record(rollout_id)
+    observations = desk.fleet.observations(record.rollout)
+    words = {(one["device_id"], one["release"]): one for one in desk.fleet.outcomes(rollout_id)}
     return {
-        "devices": rows,
-        "evidence": evidence,
-        "comparison": _comparison(arms) if rollout.other is not None else None,
+        **_rollout(record),
+        **standing(record.rollout, observations, words, where=where, troubled=troubled),
     }
-
-
-def _comparison(arms: list[list[Observation]]) -> dict[str, Any]:
-    changes = [[-fall for fall in falls(arm)] for arm in arms]
-    return asdict(compare(*changes))
 
 
 def _rollout(record: RolloutRecord) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException
 from pydantic import Field
 
+from federation.api_answers import OfflineAnswer, RevokedAnswer, VersionsAnswer
 from federation.api_bodies import Strict
 from federation.keys import Signer
 from federation.repository import Repository
@@ -64,7 +65,7 @@ def add_trust_routes(
         with store.write() as connection:
             store.log(connection, operator, action, subject, why[:500])
 
-    @app.get("/v1/repository/offline")
+    @app.get("/v1/repository/offline", response_model=OfflineAnswer, tags=["keys"])
     def offline(operator: who) -> dict[str, Any]:
         """What offline keys have signed, and when each file expires."""
         files = {r: base64.b64encode(d).decode() for r, d in repository.offline().items()}
@@ -74,16 +75,18 @@ def add_trust_routes(
         ]
         return {"files": files, "expiries": expiries}
 
-    @app.post("/v1/keys")
+    @app.post("/v1/keys", response_model=VersionsAnswer, tags=["keys"])
     def change_keys(body: KeysBody, operator: who) -> dict[str, Any]:
+        """Publish a signed change of keys; sending it again changes nothing."""
         files = {role: _bytes(data) for role, data in body.files.items()}
         repository.publish_keys(files, now=now(), online=online, hold=body.hold)
         log(operator, "change keys", ", ".join(sorted(files)), body.why)
         wake()
         return {"versions": dict(repository.versions())}
 
-    @app.post("/v1/revocations")
-    def revoke(body: RevocationBody, operator: who) -> dict[str, Any]:
+    @app.post("/v1/revocations", response_model=RevokedAnswer, tags=["keys"])
+    def revoke_releases(body: RevocationBody, operator: who) -> dict[str, Any]:
+        """Publish a signed revocation of releases; sending it again changes nothing."""
         new = repository.publish_standing(_bytes(body.metadata), now=now())
         for one in new:
             log(operator, "revoke release", one.release, one.why)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -98,15 +99,21 @@ class OperatorClient:
         body = {"device_id": device_id, "tags": dict(tags or {}), "seconds": seconds}
         return self._call("POST", "/v1/enrolment-tokens", body)
 
-    def devices(self, where: str = "") -> list[dict[str, Any]]:
-        """All devices, the revoked ones too; or those that a filter means."""
-        query = f"?{urlencode({'where': where})}" if where else ""
+    def devices(
+        self,
+        where: str = "",
+        *,
+        silent_hours: float | None = None,
+        metadata_hours: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """All devices, the revoked ones too; or those that a filter means, or that lag."""
+        query = _query(where=where, silent_hours=silent_hours, metadata_hours=metadata_hours)
         return list(self._call("GET", f"/v1/devices{query}")["devices"])
 
     def tag(self, device_id: str, tags: Mapping[str, str | None], why: str = "") -> dict[str, Any]:
         """Set tags of a device; None takes one away."""
         body = {"tags": dict(tags), "why": why}
-        return self._call("POST", f"/v1/devices/{device_id}/tags", body)
+        return self._call("POST", f"/v1/devices/{quote(device_id, safe='')}/tags", body)
 
     def fleet(self) -> dict[str, Any]:
         """``{"devices": [...], "timestamp_version": newest}``."""
@@ -114,12 +121,12 @@ class OperatorClient:
 
     def device(self, device_id: str) -> dict[str, Any]:
         """One device with its newest reports."""
-        return self._call("GET", f"/v1/devices/{device_id}")
+        return self._call("GET", f"/v1/devices/{quote(device_id, safe='')}")
 
     def revoke(self, device_id: str, why: str = "", serial: str | None = None) -> dict[str, Any]:
         """Never admit this device again; or only this certificate of it."""
         body = {"why": why, "serial": serial}
-        return self._call("POST", f"/v1/devices/{device_id}/revoke", body)
+        return self._call("POST", f"/v1/devices/{quote(device_id, safe='')}/revoke", body)
 
     def authorise_key(
         self,
@@ -234,20 +241,30 @@ class OperatorClient:
         }
         return self._call("POST", "/v1/rollouts/plan", body)
 
-    def rollouts(self) -> list[dict[str, Any]]:
-        """All rollouts, newest first."""
-        return self._list("/v1/rollouts")
+    def rollouts(self, state: Sequence[str] = (), release: str = "") -> list[dict[str, Any]]:
+        """All rollouts, newest first; or those in these states, or of this release."""
+        return self._list(f"/v1/rollouts{_query(state=list(state), release=release)}")
 
-    def rollout(self, rollout_id: str) -> dict[str, Any]:
-        """One rollout, with what each device said."""
-        return self._call("GET", f"/v1/rollouts/{rollout_id}")
+    def rollout(
+        self, rollout_id: str, *, where: str = "", troubled: bool = False
+    ) -> dict[str, Any]:
+        """One rollout, with what each device said, or those devices that were asked for."""
+        query = _query(where=where, troubled="true" if troubled else "")
+        return self._call("GET", f"/v1/rollouts/{quote(rollout_id, safe='')}{query}")
 
     def act(self, rollout_id: str, verb: str, why: str = "") -> dict[str, Any]:
         """start, approve, pause, resume, abort or rollback."""
-        return self._call("POST", f"/v1/rollouts/{rollout_id}/{verb}", {"why": why})
+        path = f"/v1/rollouts/{quote(rollout_id, safe='')}/{verb}"
+        return self._call("POST", path, {"why": why})
 
     def watch(
-        self, rollout_id: str, pause: Callable[[], object], seen: Callable[[dict[str, Any]], None]
+        self,
+        rollout_id: str,
+        pause: Callable[[], object],
+        seen: Callable[[dict[str, Any]], None],
+        *,
+        patience: float = 0.0,
+        away: Callable[[str], None] = lambda why: None,
     ) -> dict[str, Any]:
         """Follow a rollout until it rests.
 
@@ -255,13 +272,28 @@ class OperatorClient:
             rollout_id: which.
             pause: called between two looks.
             seen: called with the rollout whenever it changed.
+            patience: seconds for which the server may give no answer, while it starts anew.
+            away: called with the reason, once each time that it gives none.
 
         Returns:
             The rollout at rest: done, rolled_back, aborted, paused, draft or awaiting_approval.
         """
         last: dict[str, Any] = {}
+        since: float | None = None
         while True:
-            now = self.rollout(rollout_id)
+            try:
+                now = self.rollout(rollout_id)
+            except OperatorError as error:
+                if not last or error.status:
+                    raise
+                if since is None:
+                    since = time.monotonic()
+                    away(str(error))
+                elif time.monotonic() - since > patience:
+                    raise
+                pause()
+                continue
+            since = None
             if now != last:
                 seen(now)
                 last = now
@@ -288,7 +320,7 @@ class OperatorClient:
 
     def revoke_operator(self, name: str, why: str = "") -> dict[str, Any]:
         """Take a token back."""
-        return self._call("POST", f"/v1/operators/{name}/revoke", {"why": why})
+        return self._call("POST", f"/v1/operators/{quote(name, safe='')}/revoke", {"why": why})
 
     def metrics(self) -> str:
         """The server's metrics in Prometheus' text format."""
@@ -313,14 +345,17 @@ class OperatorClient:
         raise _refusal(answer)
 
 
+def _query(**given: Any) -> str:
+    """A query string of what is given; a list is repeated."""
+    kept = {name: value for name, value in given.items() if value not in (None, "", [])}
+    return f"?{urlencode(kept, doseq=True)}" if kept else ""
+
+
 def _refusal(answer: httpx.Response) -> OperatorError:
     try:
         document = answer.json()
         error = document.get("error", {})
         message, code = error.get("message", ""), str(error.get("code", ""))
-        if not message and "detail" in document:  # FastAPI's own check of a request body
-            parts = [f"{'.'.join(map(str, d['loc'][1:]))}: {d['msg']}" for d in document["detail"]]
-            message, code = "; ".join(parts), "invalid"
     except (ValueError, AttributeError, TypeError, KeyError):
         message, code = answer.text[:500], ""
     return OperatorError(message or f"HTTP {answer.status_code}", answer.status_code, code)

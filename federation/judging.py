@@ -1,23 +1,19 @@
 """What the devices' words mean for a rollout: halt, wait, hold, or go on. Pure, like the rollout.
 
 Three thresholds can halt it, each with its own line in the log: installs that failed, devices that
-are worse off than before (memory, latency), and accuracy on the devices' own data
+are worse off than before (:mod:`federation.concerns`), and accuracy on the devices' own data
 (:mod:`federation.evidence`). Three can hold it back at the end of a wave: too few devices serve the
 release, its harmlessness is not shown yet, or nobody serves it at all.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from federation.concerns import complaints
 from federation.evidence import Evidence, fall_shown, no_fall_shown
 from federation.orders import Observation
 from federation.policy import Policy
-from protos.messages import Health
-
-MEMORY_SLACK_BYTES = 64 * 1024 * 1024  # growth that is never held against a release
-LATENCY_SLACK_MS = 20.0
 
 
 def reason_to_halt(
@@ -37,11 +33,11 @@ def reason_to_halt(
     if len(failed) > allowed:
         reasons = sorted({str(one.reason or one.outcome) for one in failed})
         return f"{len(failed)} devices failed ({', '.join(reasons)}), {allowed} allowed"
-    ill = [(one, complaint) for one in everybody if (complaint := worse_off(policy, one))]
+    ill = [why for one in everybody if (why := complaints(policy, one))]
     allowed = policy.allowed_unhealthy(total)
     if len(ill) > allowed:
-        complaints = sorted({complaint for _, complaint in ill})
-        return f"{len(ill)} devices are worse off ({', '.join(complaints)}), {allowed} allowed"
+        reasons = sorted({str(one) for why in ill for one in why})
+        return f"{len(ill)} devices are worse off ({', '.join(reasons)}), {allowed} allowed"
     for arm, size in zip(arms, reached, strict=True):
         found = quality_fall(policy, arm, size, arms=len(arms))
         if found.shown:
@@ -73,42 +69,6 @@ def falls(observations: Sequence[Observation]) -> list[float]:
         for one in observations
         if one.outcome is not None and one.quality is not None and one.quality.examples > 0
     ]
-
-
-def worse_off(policy: Policy, one: Observation) -> str:
-    """What has grown out of bounds on a device with the release; empty if nothing."""
-    if one.outcome is None:
-        return ""
-    quality, before, after = one.quality, one.health_before, one.health_after
-    if quality is not None and quality.latency_ms_before > 0:
-        bound = policy.max_latency_factor * quality.latency_ms_before + LATENCY_SLACK_MS
-        if quality.latency_ms_after > bound:
-            return "latency"
-    if one.committed and before is not None and after is not None:
-        return _sicker(policy, before, after)
-    return ""
-
-
-def _sicker(policy: Policy, before: Health, after: Health) -> str:
-    """What of a device's health has passed a bound that it kept before."""
-    bound = policy.max_memory_factor * before.process_memory_bytes + MEMORY_SLACK_BYTES
-    if after.process_memory_bytes > bound:
-        return "memory"
-    if after.disk_free_bytes < policy.min_disk_free_bytes <= before.disk_free_bytes:
-        return "disk"
-    charge, left = before.battery_percent, after.battery_percent
-    if charge is not None and left is not None and charge - left > _bound(policy.max_battery_fall):
-        return "battery"
-    if after.load_1min > before.load_1min + _bound(policy.max_load_rise):
-        return "load"
-    heat, limit = after.temperature_celsius, _bound(policy.max_temperature_celsius)
-    if heat is not None and heat > limit >= (before.temperature_celsius or 0.0):
-        return "temperature"
-    return ""
-
-
-def _bound(asked: float | None) -> float:
-    return math.inf if asked is None else asked
 
 
 def still_out(policy: Policy, reached: Sequence[Observation]) -> list[Observation]:

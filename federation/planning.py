@@ -14,6 +14,7 @@ from federation.evidence import blind_band, fall_shown, no_fall_shown
 from federation.orders import Observation
 from federation.policy import Policy
 from federation.published import ReleaseRecord
+from federation.rate import seconds_needed
 from federation.rollout import widen
 from federation.rollout_nouns import Rollout
 from federation.waves import choose_salt
@@ -41,6 +42,7 @@ class PlannedWave:
         download_bytes: of all that are added, at most.
         allowed_failures: failed devices by its end that do not halt.
         liars: devices by its end whose word about quality is allowed to be a lie.
+        telling_seconds: until all of its devices have been told, at the rate; 0 without one.
     """
 
     wave: str
@@ -54,6 +56,22 @@ class PlannedWave:
     download_bytes: int
     allowed_failures: int
     liars: int
+    telling_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a plan takes, in seconds, if nobody pauses it and nothing halts it.
+
+    Attributes:
+        telling: for each wave, until all of its devices have been told.
+        at_least: every device takes the release at once.
+        at_most: in every wave, one of the last devices is silent until it is let be.
+    """
+
+    telling: tuple[float, ...]
+    at_least: float
+    at_most: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +85,9 @@ class Preview:
         waves: in order.
         fall_reports: honest reports of a fall at the clip after which it halts; None: never.
         proof_reports: reports of no fall that the margin asks for; None without a margin.
+        rate: how fast devices are told, for people; empty: a wave is told at once.
+        at_least_seconds: until it is done, see :class:`Duration`.
+        at_most_seconds: likewise.
         blind_band: a fall beyond the tolerance by less than this can be hidden by the liars.
         warnings: what an operator should look at first.
     """
@@ -78,6 +99,9 @@ class Preview:
     fall_reports: int | None
     proof_reports: int | None
     blind_band: float
+    rate: str
+    at_least_seconds: float
+    at_most_seconds: float
     warnings: tuple[str, ...]
 
 
@@ -107,6 +131,11 @@ def preview(
         waves.append(_wave(rollout, fresh, len(now), records, blind))
         inside = now
     policy = rollout.policy
+    takes = duration(policy, [sum(wave.added) for wave in waves])
+    waves = [
+        replace(wave, telling_seconds=telling)
+        for wave, telling in zip(waves, takes.telling, strict=True)
+    ]
     return Preview(
         releases=tuple(target.release for target in rollout.targets),
         previous=rollout.previous.release,
@@ -114,9 +143,26 @@ def preview(
         waves=tuple(waves),
         fall_reports=_needed(policy, len(rollout.targets), fall=True),
         proof_reports=_needed(policy, len(rollout.targets), fall=False),
+        rate=str(policy.rate) if policy.rate else "",
+        at_least_seconds=takes.at_least,
+        at_most_seconds=takes.at_most,
         blind_band=blind_band(policy.clip, policy.liar_share),
         warnings=tuple(_warnings(waves, policy, _needed(policy, len(rollout.targets), fall=False))),
     )
+
+
+def duration(policy: Policy, added: Sequence[int]) -> Duration:
+    """How long the waves take.
+
+    Args:
+        policy: its rate, bake time and deadline count.
+        added: devices that each wave adds.
+    """
+    telling = [0.0] * len(added)
+    if policy.rate is not None:
+        telling = seconds_needed(policy.rate, added)
+    at_least = math.fsum(telling) + len(added) * policy.bake_seconds
+    return Duration(tuple(telling), at_least, at_least + len(added) * policy.patience)
 
 
 def _wave(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from federation.rate import Rate
 from federation.waves import RolloutError
 from protos.errors import WireError
 from protos.window import Window
@@ -52,17 +53,14 @@ class Policy:
         max_failures: devices whose install may fail before the rollout halts.
         max_failure_share: the same as a share of the devices reached; the larger one holds. To be
             safe from lying devices it must be at least ``liar_share``.
-        max_unhealthy: devices that may be worse off before it halts: in memory or latency, and in
-            disk, battery, load or temperature where the policy asks for them.
+        max_unhealthy: devices that may be worse off (:mod:`federation.concerns`) before it halts.
         max_unhealthy_share: the same as a share of the devices reached; the larger one holds.
         max_memory_factor: a device whose process has grown by more than this is unhealthy.
         max_latency_factor: likewise for the median latency of a request.
-        min_disk_free_bytes: a device that had so much free disk, and has less with the release, is
-            unhealthy; 0 asks for nothing.
-        max_battery_fall: likewise one whose battery has lost more percent of its charge than this;
-            None does not ask, for it falls with time as well: choose it for the bake time.
-        max_load_rise: likewise one whose load of one minute has grown by more.
-        max_temperature_celsius: likewise one whose hottest sensor has passed this.
+        max_load_factor: likewise for the load of a minute; None: it doesn't count.
+        max_celsius: a device that is hotter than this, and was not before, is unhealthy; None: it
+            doesn't count. So with ``min_battery_percent`` of charge left, ``min_disk_bytes`` free
+            and ``min_memory_bytes`` available on the whole device.
         quality_tolerance: how far the mean accuracy on the devices' own data may fall; the
             rollout halts when a larger fall is shown, see :mod:`federation.evidence`.
         quality_alpha: chance of halting a release that is within the tolerance, ever.
@@ -80,6 +78,7 @@ class Policy:
         window: when devices install, in their own time zone: ``22:00-05:00``; they download at
             once. Empty: at any time.
         retries: by class of failure.
+        rate: how many devices a minute are told; None: a wave is told at once.
     """
 
     max_failures: int = 0
@@ -88,10 +87,11 @@ class Policy:
     max_unhealthy_share: float = 0.05
     max_memory_factor: float = 3.0
     max_latency_factor: float = 10.0
-    min_disk_free_bytes: int = 0
-    max_battery_fall: float | None = None
-    max_load_rise: float | None = None
-    max_temperature_celsius: float | None = None
+    max_load_factor: float | None = None
+    max_celsius: float | None = None
+    min_battery_percent: float | None = None
+    min_disk_bytes: float | None = None
+    min_memory_bytes: float | None = None
     quality_tolerance: float = 0.02
     quality_alpha: float = 0.05
     quality_clip: float = 0.1
@@ -104,13 +104,10 @@ class Policy:
     deadline_seconds: float = 3600.0
     window: str = ""
     retries: Retries = field(default_factory=Retries)
+    rate: Rate | None = None
 
     def __post_init__(self) -> None:
         margin, clip = self.quality_margin, self.quality_clip
-        rises = {
-            name: getattr(self, name)
-            for name in ("max_battery_fall", "max_load_rise", "max_temperature_celsius")
-        }
         checks = {
             "max_failures (0 or more)": self.max_failures >= 0,
             "max_failure_share (0 to 1)": 0 <= self.max_failure_share <= 1,
@@ -118,11 +115,11 @@ class Policy:
             "max_unhealthy_share (0 to 1)": 0 <= self.max_unhealthy_share <= 1,
             "max_memory_factor (above 1)": 1 < self.max_memory_factor < math.inf,
             "max_latency_factor (above 1)": 1 < self.max_latency_factor < math.inf,
-            "min_disk_free_bytes (0 or more)": self.min_disk_free_bytes >= 0,
-            **{
-                f"{name} (above 0)": given is None or 0 < given < math.inf
-                for name, given in rises.items()
-            },
+            "max_load_factor (above 1)": _within(self.max_load_factor, 1),
+            "max_celsius (above 0)": _within(self.max_celsius, 0),
+            "min_battery_percent (above 0, up to 100)": _within(self.min_battery_percent, 0, 100),
+            "min_disk_bytes (above 0)": _within(self.min_disk_bytes, 0),
+            "min_memory_bytes (above 0)": _within(self.min_memory_bytes, 0),
             "quality_tolerance (0 to 1)": 0 <= self.quality_tolerance <= 1,
             "quality_alpha (above 0, below 1)": 0 < self.quality_alpha < 1,
             "quality_clip (above 0, up to 1)": 0 < clip <= 1,
@@ -170,10 +167,16 @@ class Policy:
     def from_mapping(cls, fields: Mapping[str, Any]) -> Policy:
         """The policy that :func:`dataclasses.asdict` wrote; of an older version, too."""
         given = dict(fields)
+        rate = given.get("rate")
         return cls(
             **{
                 **given,
                 "on_success": OnSuccess(given.get("on_success", OnSuccess.ADVANCE)),
                 "retries": Retries(**given.get("retries", {})),
+                "rate": Rate.from_mapping(rate) if rate else None,
             }
         )
+
+
+def _within(given: float | None, above: float, most: float = math.inf) -> bool:
+    return given is None or (above < given <= most and given < math.inf)

@@ -46,7 +46,8 @@ class Dtype(StrEnum):
     "airpeft release make ./run/adapter --channel stable --repository ./copy -o r1 "
     "--evaluation heldout:0.8425:400 --evaluation hard.json --floor 2 --notes 'security fix' | "
     "airpeft release make ./run/adapter --home ./fleet -o r1 --model-signing model.sig "
-    "--data train.jsonl --memory-mib 512 --force-worse 'forgets a leaked name' | "
+    "--model-signing-key builder.pub --data train.jsonl --memory-mib 512 "
+    "--force-worse 'forgets a leaked name' | "
     "airpeft release make ./run/adapter --home ./fleet -o r1 --encrypt sealing.pub.pem "
     "--roster cohort.json",
 )
@@ -84,6 +85,9 @@ def make(
     model_signing: Annotated[
         Path | None, typer.Option(help="OpenSSF model-signing bundle over the adapter's folder.")
     ] = None,
+    model_signing_key: Annotated[
+        Path | None, typer.Option(help="Public key (PEM) that must have signed that bundle.")
+    ] = None,
     base_digest: Annotated[
         str | None, typer.Option(help="sha256:..., for a folder that other software wrote.")
     ] = None,
@@ -107,7 +111,7 @@ def make(
     With --encrypt, mirrors, sticks, relays and the server's own disk hold nothing that can be read
     without a key of an enrolled device or a sealing key.
     """
-    from federation.model_signing import bundle_digest
+    from federation.model_signing import BundleError, bundle_digest
     from federation.provenance import fingerprint
     from federation.release import ReleaseOptions, describe, make_request
     from protos.signed import Hardware
@@ -115,6 +119,11 @@ def make(
     if not encrypt and (where or roster is not None):
         fail("--where and --roster say to whom a payload is encrypted: give --encrypt as well", 2)
     with errors():
+        provenance = ""
+        if model_signing is not None:
+            provenance = bundle_digest(model_signing, adapter, model_signing_key)
+        elif model_signing_key is not None:
+            raise BundleError("--model-signing-key verifies a bundle: give --model-signing, too")
         options = ReleaseOptions(
             channel=channel,
             dtype=dtype.value,
@@ -125,7 +134,7 @@ def make(
             evaluations=_evaluations(evaluation or ()),
             hardware=Hardware(machines=tuple(machine or ()), memory_mib=memory_mib),
             data=tuple(fingerprint(one) for one in fingerprints or ()),
-            model_signing=bundle_digest(model_signing, adapter) if model_signing else "",
+            model_signing=provenance,
             force_worse=force_worse,
         )
         to, readers = None, None

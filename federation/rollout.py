@@ -7,7 +7,8 @@ Transitions (``decide`` on the left of a comma, an operator's verb on the right)
     from               to                 when
     -----------------  -----------------  ------------------------------------------------------
     draft              running            start: round for the first wave
-    running            running            wave settled well and baked: round for the next wave
+    running            running            wave settled well and baked: round for the next wave;
+                                          or, with a rate: round for the wave's next devices
     running            awaiting_approval  likewise, if the next needs a second operator
     awaiting_approval  running            approve, by another operator than the one who started
     running            done               last wave settled well and baked
@@ -26,8 +27,9 @@ Transitions (``decide`` on the left of a comma, an operator's verb on the right)
 which was away comes back to the previous release too.
 
 A device *settles* when it commits, fails more often than its class of failure may try again, or is
-silent for longer than the policy's deadline; so no device can block a wave for ever. Devices whose
-certificate is revoked are not among the observations and count for nothing.
+silent for longer than the policy's deadline; so no device can block a wave for ever. A wave settles
+once all of it has been told (at a rate: :mod:`federation.pacing`). Devices whose certificate is
+revoked are not among the observations and count for nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from dataclasses import replace
 
 from federation.judging import reason_to_halt, reason_to_hold, still_out
 from federation.orders import Observation, Orders
+from federation.pacing import further, held_back
 from federation.policy import OnSuccess
 from federation.rollout_nouns import (
     ACTIVE,
@@ -145,11 +148,11 @@ def widen(rollout: Rollout, observations: Sequence[Observation]) -> Rollout:
     index = rollout.wave + 1
     wave = rollout.waves[index]
     names = [one.device_id for one in observations]
-    further = replace(rollout, wave=index)
+    wider = replace(rollout, wave=index)
     if wave.where is not None:
         matching = [one.device_id for one in observations if wave.where.matches(one.facts)]
         picked = {*rollout.members, *pick(wave, matching, rollout.salt)}
-        return replace(further, members=tuple(sorted(picked)))
+        return replace(wider, members=tuple(sorted(picked)))
     points, other = rollout.halves
     if rollout.other is None:
         points = reach(wave, names, rollout.salt)
@@ -160,7 +163,7 @@ def widen(rollout: Rollout, observations: Sequence[Observation]) -> Rollout:
         points = reach_of(min((size + 1) // 2, len(lower)), lower, rollout.salt)
         other = BUCKETS - upper[-min(size // 2, len(upper))] if upper and size > 1 else 0
     return replace(
-        further,
+        wider,
         basis_points=max(points, rollout.basis_points),
         other_points=max(other, rollout.other_points),
     )
@@ -188,6 +191,8 @@ def _arms(rollout: Rollout, observations: Sequence[Observation]) -> list[list[Ob
 
 def _go_on(rollout: Rollout, observations: Sequence[Observation], now: float) -> Decision:
     policy = rollout.policy
+    if rollout.goal is not None:
+        return _tell_more(rollout, observations, now)
     reached = [one for one in observations if rollout.includes(one.device_id)]
     waiting = still_out(policy, reached)
     if waiting and now - rollout.wave_began < policy.patience:
@@ -217,17 +222,29 @@ def _go_on(rollout: Rollout, observations: Sequence[Observation], now: float) ->
 def _next_wave(
     rollout: Rollout, observations: Sequence[Observation], now: float, why: str
 ) -> Decision:
-    further = replace(
+    wider = replace(
         widen(rollout, observations),
         state=State.RUNNING,
         wave_began=now,
         settled_at=None,
         why=why,
     )
-    wave = further.waves[further.wave]
-    name = f"wave {further.wave + 1} of {len(further.waves)} ({wave})"
+    if rollout.policy.rate is not None:
+        wider = further(held_back(rollout, wider), observations, now)
+    name = f"wave {wider.wave + 1} of {len(wider.waves)} ({wider.waves[wider.wave]})"
     line = f"{rollout.state} -> running: {name}: {why}"
-    return Decision(further, further.orders(f"{name}: {why}"), line)
+    return Decision(wider, wider.orders(f"{name}: {why}"), line)
+
+
+def _tell_more(rollout: Rollout, observations: Sequence[Observation], now: float) -> Decision:
+    """The next devices of a wave that is told at a rate, if it is time."""
+    wider = further(rollout, observations, now)
+    if wider.notified == rollout.notified and wider.goal is not None:
+        return Decision(wider)
+    name = f"wave {wider.wave + 1} of {len(wider.waves)}"
+    line = f"{name}: {wider.notified - rollout.notified} more told, {wider.notified} in all"
+    line += "" if wider.goal else "; all of the wave is told"
+    return Decision(wider, wider.orders(f"{name}: {rollout.policy.rate}"), line)
 
 
 def _roll_back(rollout: Rollout, now: float, why: str) -> Decision:

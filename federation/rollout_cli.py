@@ -1,20 +1,24 @@
 """Commands of ``airpeft rollout``.
 
-Exit codes: 0 done; 2 bad input, or the server said no; 3 a rollout that was watched did not end
-well (rolled back, aborted or paused) or waits for an approval.
+Exit codes: 0 done; 1 you said no; 2 bad input, or the server said no; 3 a rollout that was watched
+did not end well (rolled back, aborted or paused) or waits for an approval; 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from typing import Annotated, Any
 
 import typer
 
+from federation import rollout_options as options
 from federation.errors import FederationError
 from federation.policy import Policy
-from federation.rollout_shown import print_plan, print_rollout, wave_of
+from federation.rate import Rate
+from federation.rollout_nouns import ALLOWED, State, Verb
+from federation.rollout_shown import effect, print_plan, print_rollout, print_rollouts, progress
 from federation.shown import (
     HERE,
     AsFormat,
@@ -25,20 +29,30 @@ from federation.shown import (
     Why,
     at,
     call_operator,
+    confirm,
     plain_errors,
-    print_table,
     show,
 )
 
-ENDED_BADLY = 3
+ENDED_BADLY, INTERRUPTED = 3, 130
+CODES = (
+    "Exit codes: 0 done; 1 you said no; 2 bad input, or the server said no; 3 what was watched did"
+    " not end well, or waits for an approval; 130 Ctrl-C."
+)
 
 rollout = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     help="Plan, start, watch, approve, pause, resume, abort and roll back rollouts.",
-    epilog="Example: airpeft rollout start stable-3 --wave 1 --wave 100%",
+    epilog=f"Example: airpeft rollout start stable-3 --wave 1 --wave 100%. {CODES}",
 )
+
+Where = Annotated[
+    str,
+    typer.Option("--where", help='List only these devices, as: tag.site == "north"'),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it without being asked.")]
 
 
 def _plan_or_start(start: bool) -> None:
@@ -46,12 +60,15 @@ def _plan_or_start(start: bool) -> None:
     does = (
         "Bring a release to the fleet: a canary first, then wave by wave."
         if start
-        else "What a rollout would do to how many devices; nothing happens."
+        else "What a rollout would do to how many devices, and how long; nothing happens."
     )
-    example = f"airpeft rollout {name} stable-3 --wave 1 --wave 25% --wave 100% --bake 600"
-    compare = f"airpeft rollout {name} --ab stable-3 stable-4 --wave 20% --wave 100%"
+    shown = [
+        f"airpeft rollout {name} stable-3 --wave 1 --wave 25% --wave 100% --bake 600",
+        f"airpeft rollout {name} stable-3 --rate 10 --rate-factor 2 --rate-every 50 --rate-max 400",
+        f"airpeft rollout {name} --ab stable-3 stable-4 --wave 20% --wave 100%",
+    ]
 
-    @rollout.command(name, help=f"{does}\n\nExample: {example}; to compare two: {compare}")
+    @rollout.command(name, help=f"{does}\n\nExamples: {' | '.join(shown)}", epilog=CODES)
     def command(
         release: Annotated[
             str | None, typer.Argument(help="Name of a published release, as stable-3.")
@@ -60,34 +77,34 @@ def _plan_or_start(start: bool) -> None:
             tuple[str, str] | None,
             typer.Option(help="Two releases, compared on disjoint halves.", metavar="A B"),
         ] = None,
-        wave: Annotated[list[str] | None, typer.Option(help=_WAVE_HELP)] = None,
+        wave: options.Waves = None,
+        rate: options.RatePerMinute = None,
+        rate_factor: options.RateFactor = Rate.factor,
+        rate_every: options.RateEvery = Rate.every,
+        rate_counting: options.RateCounting = options.Counted.NOTIFIED,
+        rate_max: options.RateMax = Rate.max_per_minute,
         max_failures: Annotated[int, typer.Option(help="Devices that may fail.")] = (
             Policy.max_failures
         ),
         max_failure_share: Annotated[
             float, typer.Option(help="The same as a share of those reached; the larger holds.")
         ] = Policy.max_failure_share,
-        max_unhealthy: Annotated[
-            int, typer.Option(help="Devices that may be worse off, in memory for instance.")
-        ] = Policy.max_unhealthy,
-        min_disk_free: Annotated[
-            int, typer.Option(help="MiB; a device that falls below it is worse off.")
-        ] = 0,
-        max_battery_fall: Annotated[
-            float | None, typer.Option(help="Percent; a device that loses more is worse off.")
-        ] = None,
-        max_load_rise: Annotated[
-            float | None, typer.Option(help="Load of one minute; likewise.")
-        ] = None,
-        max_temperature: Annotated[
-            float | None, typer.Option(help="Celsius; a device that gets hotter is worse off.")
-        ] = None,
+        max_unhealthy: Annotated[int, typer.Option(help="Devices that may be worse off.")] = (
+            Policy.max_unhealthy
+        ),
+        max_unhealthy_share: Annotated[
+            float, typer.Option(help="The same as a share of those reached; the larger holds.")
+        ] = Policy.max_unhealthy_share,
+        unhealthy_if: options.UnhealthyIf = None,
         quality_tolerance: Annotated[
             float, typer.Option(help="Mean accuracy on devices may fall by this.")
         ] = Policy.quality_tolerance,
         quality_alpha: Annotated[
             float, typer.Option(help="Chance of halting a release within the tolerance, ever.")
         ] = Policy.quality_alpha,
+        quality_clip: Annotated[
+            float, typer.Option(help="A larger change on one device counts as this.")
+        ] = Policy.quality_clip,
         liar_share: Annotated[
             float, typer.Option(help="Share of devices whose reports may be lies.")
         ] = Policy.liar_share,
@@ -110,10 +127,7 @@ def _plan_or_start(start: bool) -> None:
         window: Annotated[
             str, typer.Option(help="Install only then, in each device's own time: 22:00-05:00")
         ] = Policy.window,
-        retries: Annotated[
-            list[str] | None,
-            typer.Option(help="CLASS=COUNT of device, space, carrier; repeatable."),
-        ] = None,
+        retries: options.RetriesOption = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan.")] = False,
         why: Why = "",
         home: Home = HERE,
@@ -124,16 +138,16 @@ def _plan_or_start(start: bool) -> None:
         with plain_errors():
             if (release is None) == (ab is None):
                 raise FederationError("give one RELEASE, or two with --ab A B")
+            growth = (rate_factor, rate_every, rate_counting, rate_max)
             policy = {
                 "max_failures": max_failures,
                 "max_failure_share": max_failure_share,
                 "max_unhealthy": max_unhealthy,
-                "min_disk_free_bytes": min_disk_free << 20,
-                "max_battery_fall": max_battery_fall,
-                "max_load_rise": max_load_rise,
-                "max_temperature_celsius": max_temperature,
+                "max_unhealthy_share": max_unhealthy_share,
+                **options.health_of(unhealthy_if),
                 "quality_tolerance": quality_tolerance,
                 "quality_alpha": quality_alpha,
+                "quality_clip": quality_clip,
                 "liar_share": liar_share,
                 "quality_margin": quality_margin,
                 "min_success_share": min_success,
@@ -142,7 +156,8 @@ def _plan_or_start(start: bool) -> None:
                 "bake_seconds": bake,
                 "deadline_seconds": deadline,
                 "window": window,
-                "retries": _retries(retries),
+                "retries": options.retries_of(retries),
+                "rate": options.rate_of(rate, *growth),
             }
             first, other = ab or (str(release), None)
             waves = wave or ["1", "100%"]
@@ -157,17 +172,21 @@ def _plan_or_start(start: bool) -> None:
             show("rollout-plan", one, format, lambda: print_plan(one))
 
 
-_WAVE_HELP = (
-    "Devices (1), share (25%), growth (1x2, 1%x2), each also of a part of the fleet"
-    ' (25% where tag.site == "north"); repeatable; the last is 100%.'
-)
 _plan_or_start(start=False)
 _plan_or_start(start=True)
 
 
-@rollout.command("status")
+@rollout.command("status", epilog=CODES)
 def rollout_status(
     name: Annotated[str | None, typer.Argument(help="Name of a rollout; none lists all.")] = None,
+    where: Where = "",
+    troubled: Annotated[
+        bool, typer.Option("--troubled", help="List only devices that failed or are worse off.")
+    ] = False,
+    state: Annotated[
+        list[State] | None, typer.Option(help="List only rollouts in this state; repeatable.")
+    ] = None,
+    release: Annotated[str, typer.Option(help="List only rollouts of this release.")] = "",
     home: Home = HERE,
     url: Url = None,
     token_file: TokenFile = None,
@@ -175,80 +194,102 @@ def rollout_status(
 ) -> None:
     """One rollout with what each device said, or all rollouts.
 
-    Example: airpeft rollout status r-1 --format json
+    Examples: airpeft rollout status r-1 --troubled | airpeft rollout status --state running
     """
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        if name is not None:
-            one = operator.rollout(name)
-            return show("rollout", one, format, lambda: print_rollout(one))
-        every = operator.rollouts()
-    rows = [
-        (r["id"], r["release"]["release"], r["state"], wave_of(r), at(r["updated"]), r["why"])
-        for r in every
-    ]
-    columns = ("ROLLOUT", "RELEASE", "STATE", "WAVE", "UPDATED", "WHY")
-    empty = "no rollout yet; start one with: airpeft rollout start RELEASE"
-    return show("rollouts", every, format, lambda: print_table(columns, rows, empty))
+    with plain_errors():
+        if name is None and (where or troubled):
+            raise FederationError("--where and --troubled choose devices of one rollout: name it")
+        if name is not None and (state or release):
+            raise FederationError("--state and --release choose rollouts: leave the name out")
+        with call_operator(home, url, token_file) as operator:
+            if name is not None:
+                one = operator.rollout(name, where=where, troubled=troubled)
+                return show("rollout", one, format, lambda: print_rollout(one))
+            every = operator.rollouts([one.value for one in state or ()], release)
+    chosen = bool(state or release)
+    return show("rollouts", every, format, lambda: print_rollouts(every, chosen))
 
 
-@rollout.command("watch")
+@rollout.command("watch", epilog=CODES)
 def rollout_watch(
     name: Annotated[str, typer.Argument(help="Name of a rollout.")],
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+    patience: Annotated[
+        float, typer.Option(help="Seconds for which the server may be away.", min=0)
+    ] = 60.0,
     home: Home = HERE,
     url: Url = None,
     token_file: TokenFile = None,
     format: AsFormat = Format.TABLE,  # noqa: A002
 ) -> None:
-    """Follow a rollout until it rests; exit code 3 unless it is done.
+    """Follow a rollout until it rests; exit code 3 unless it is done. Ctrl-C ends only the watch.
 
     Example: airpeft rollout watch r-1
     """
     wait = threading.Event()
+    said = ""
 
     def seen(one: dict[str, Any]) -> None:
+        nonlocal said
         if format is Format.JSON:
             typer.echo(json.dumps({"schema": "airpeft.v1.rollout", "data": one}))
-        else:
-            count = sum(d["outcome"] == "committed" for d in one["devices"])
-            where = f"wave {wave_of(one)}, {count} of {len(one['devices'])} devices"
-            typer.echo(f"{at(one['updated'])} {one['state']}: {where}; {one['why']}")
+        elif (line := progress(one)) != said:
+            said = line
+            typer.echo(f"{at(one['updated'])} {line}")
 
-    with plain_errors(), call_operator(home, url, token_file) as operator:
-        last = operator.watch(name, lambda: wait.wait(every), seen)
+    def away(why: str) -> None:
+        typer.echo(f"waiting for the server: {why}", err=True)
+
+    try:
+        with plain_errors(), call_operator(home, url, token_file) as operator:
+            last = operator.watch(
+                name, lambda: wait.wait(every), seen, patience=patience, away=away
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"no longer watching; {name} goes on: airpeft rollout status {name}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if last["state"] == "awaiting_approval":
+        typer.echo(f"another operator decides: airpeft rollout approve {name}", err=True)
     if last["state"] != "done":
         raise typer.Exit(ENDED_BADLY)
 
 
-def _verb(verb: str, text: str) -> None:
-    @rollout.command(verb, help=f"{text}\n\nExample: airpeft rollout {verb} r-1 --why 'as agreed'")
+def _verb(verb: Verb, text: str) -> None:
+    asks = verb in (Verb.ABORT, Verb.ROLLBACK)
+
+    @rollout.command(
+        verb.value,
+        help=f"{text}\n\nExample: airpeft rollout {verb} r-1 --why 'as agreed'",
+        epilog=CODES,
+    )
     def act(
         name: Annotated[str, typer.Argument(help="Name of a rollout.")],
         why: Why = "",
+        yes: Yes = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Say what would follow, and end.")
+        ] = False,
         home: Home = HERE,
         url: Url = None,
         token_file: TokenFile = None,
         format: AsFormat = Format.TABLE,  # noqa: A002
     ) -> None:
         with plain_errors(), call_operator(home, url, token_file) as operator:
+            if dry_run or (asks and not yes and sys.stdin.isatty()):
+                now = operator.rollout(name)
+                allowed = State(now["state"]) in ALLOWED[verb]
+                words = effect(verb, now, allowed)
+                if dry_run:
+                    said = {"rollout": name, "verb": verb, "possible": allowed, "effect": words}
+                    return show("rollout-verb", said, format, lambda: typer.echo(words))
+                if allowed:
+                    confirm(words)
             one = operator.act(name, verb, why)
-        show("rollout", one, format, lambda: print_rollout(one))
+        return show("rollout", one, format, lambda: print_rollout(one))
 
 
-_verb("approve", "Let it go beyond the first wave; another operator than the one who started it.")
-_verb("pause", "Stay at the current wave; devices in it go on, failures still halt.")
-_verb("resume", "Go on; the current wave's deadline starts anew.")
-_verb("abort", "Stop; every device stays as it is.")
-_verb("rollback", "Take every device back to the release before.")
-
-
-def _retries(given: list[str] | None) -> dict[str, int]:
-    found = {}
-    for text in given or []:
-        kind, _, count = text.partition("=")
-        if kind not in ("device", "space", "carrier") or not count.isdecimal():
-            raise FederationError(
-                f"--retries {text!r} is not of the form device=2, space=2 or carrier=2"
-            )
-        found[kind] = int(count)
-    return found
+_verb(Verb.APPROVE, "Let it go beyond the first wave; another operator than the one who started.")
+_verb(Verb.PAUSE, "Tell no further device; those that were told go on, and failures still halt.")
+_verb(Verb.RESUME, "Go on; the current wave's deadline starts anew.")
+_verb(Verb.ABORT, "Stop; every device stays as it is.")
+_verb(Verb.ROLLBACK, "Take every device back to the release before.")

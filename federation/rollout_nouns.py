@@ -16,6 +16,7 @@ from protos.messages import BUCKETS, bucket
 from protos.signed import MAX_BAKE
 
 HALF = BUCKETS // 2
+MAX_PICKED = MAX_MEMBERS - 1_000  # by filters; the rest is for a bucket that is told in parts
 
 
 class State(StrEnum):
@@ -57,6 +58,15 @@ ALLOWED: Mapping[Verb, frozenset[State]] = {
 }
 
 
+@dataclass(frozen=True)
+class Goal:
+    """How far a wave shall reach in the end, while its devices are told at a rate."""
+
+    basis_points: int
+    other_points: int
+    members: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One release on its way to the fleet, or two that are compared. Times are Unix seconds.
@@ -69,8 +79,13 @@ class Rollout:
         wave: index of the current wave; -1 before the start.
         basis_points: how far the release reaches now; never shrinks while it runs.
         other_points: likewise for ``other``, from the top.
-        members: devices that waves with a filter have picked; never loses one.
-        wave_began: start of the current wave, or of the roll-back.
+        members: devices that are reached by name: picked by a filter, or told at a rate out of a
+            bucket that isn't told whole yet. Loses one only where the buckets reach it, too.
+        goal: how far the current wave shall reach; None when all of it has been told.
+        notified: devices told by this rollout, counted while the policy has a rate.
+        told: (when, devices) of the newest batches, see :func:`federation.rate.allowance`.
+        wave_began: start of the current wave, of the newest batch of its devices that was told, or
+            of the roll-back: since when the deadline of silent devices runs.
         settled_at: since when every device of the wave has settled.
         started_by: the operator who started it.
         approved_by: the second one, who let it go beyond the first wave.
@@ -90,6 +105,9 @@ class Rollout:
     basis_points: int = 0
     other_points: int = 0
     members: tuple[str, ...] = ()
+    goal: Goal | None = None
+    notified: int = 0
+    told: tuple[tuple[float, int], ...] = ()
     wave_began: float = 0.0
     settled_at: float | None = None
     started_by: str = ""
@@ -114,10 +132,11 @@ class Rollout:
                 f"rollout {self.id}: a second operator approves what goes beyond the first wave;"
                 " give a smaller wave before the 100%"
             )
-        if len(self.members) > MAX_MEMBERS:
+        picked = len(self.goal.members if self.goal is not None else self.members)
+        if picked > MAX_PICKED or len(self.members) > MAX_MEMBERS:
             raise RolloutError(
-                f"rollout {self.id}: filters have picked {len(self.members)} devices, at most"
-                f" {MAX_MEMBERS} can be named: use a percentage without a filter"
+                f"rollout {self.id}: filters have picked {picked} devices, at most"
+                f" {MAX_PICKED} can be named: use a percentage without a filter"
             )
 
     @property
@@ -141,9 +160,12 @@ class Rollout:
 
     def includes(self, device_id: str) -> bool:
         """Whether its release may reach this device by now."""
+        return device_id in self._members or self.covers(device_id)
+
+    def covers(self, device_id: str) -> bool:
+        """Whether the buckets that are reached by now include this device."""
         place = bucket(self.salt, device_id)
-        reached = place < self.basis_points or place >= BUCKETS - self.other_points
-        return reached or device_id in self._members
+        return place < self.basis_points or place >= BUCKETS - self.other_points
 
     @cached_property
     def _members(self) -> frozenset[str]:
@@ -185,7 +207,7 @@ class Rollout:
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> Rollout:
         """The rollout that :meth:`to_mapping` wrote; of an older version, too."""
-        other = fields.get("other")
+        other, goal = fields.get("other"), fields.get("goal")
         return cls(
             **{
                 **fields,
@@ -195,6 +217,8 @@ class Rollout:
                 "waves": tuple(Wave.parse(wave) for wave in fields["waves"]),
                 "policy": Policy.from_mapping(fields["policy"]),
                 "members": tuple(fields.get("members", ())),
+                "goal": Goal(**{**goal, "members": tuple(goal["members"])}) if goal else None,
+                "told": tuple((float(at), int(count)) for at, count in fields.get("told", ())),
                 "state": State(fields["state"]),
             }
         )

@@ -82,7 +82,7 @@ def call_operator(home: Path, url: str | None, token_file: Path | None) -> Itera
         yield client
 
 
-def show(kind: str, data: Any, format: Format, table: Callable[[], None]) -> None:  # noqa: A002
+def show(kind: str, data: Any, format: Format, table: Callable[[], object]) -> None:  # noqa: A002
     """Print ``{"schema": "airpeft.v1.<kind>", "data": ...}``, or the table."""
     if format is Format.JSON:
         typer.echo(json.dumps({"schema": f"airpeft.v1.{kind}", "data": data}, indent=2))
@@ -121,6 +121,38 @@ def ago(moment: float | None, now: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+def lasting(seconds: float) -> str:
+    """A duration, for people.
+
+    >>> lasting(0.0), lasting(90.0), lasting(3600.0), lasting(100_000.0)
+    ('no time', '90 s', '60 min', '27.8 h')
+    """
+    if seconds <= 0:
+        return "no time"
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{round(seconds / size, 1):g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size_of(count: int) -> str:
+    """Bytes, for people.
+
+    >>> size_of(512), size_of(2_500_000)
+    ('512 B', '2.5 MB')
+    """
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def confirm(question: str) -> None:
+    """Ask a person; the command ends with exit code 1 unless they agree."""
+    if not typer.confirm(question):
+        raise typer.Exit(1)
 
 
 def at(moment: float) -> str:

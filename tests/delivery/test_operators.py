@@ -316,8 +316,9 @@ def test_a_comparison_from_start_to_verdict(interface: Interface) -> None:
         assert one.quality is not None
         change = one.quality.accuracy_after - one.quality.accuracy_before
         arms[rollout.arm(one.device_id)].append(change)
-    found = compare(*arms)
-    assert found.better == "b"
+    found = compare(*arms, clip=rollout.policy.clip)
+    assert found.better == "", "four devices a side show nothing at this error rate"
+    assert found.difference == pytest.approx(0.05, abs=0.02)
     assert found.low is not None
     assert found.high is not None
     assert found.low < 0.05 < found.high
@@ -342,7 +343,8 @@ def test_the_status_of_a_comparison_shows_both_sides(interface: Interface) -> No
         house.say(device, DeviceEvent.COMMITTED, release=wanted, rollout="r-1", quality=quality)
     status = interface.ok(Role.VIEWER, "GET", "/v1/rollouts/r-1")
     assert status["comparison"]["difference"] == pytest.approx(-0.1)
-    assert status["comparison"]["better"] == "a"
+    assert status["comparison"]["low"] < -0.1 < status["comparison"]["high"]
+    assert (status["comparison"]["confidence"], status["comparison"]["clip"]) == (0.95, 0.1)
     assert [one["devices"] for one in status["evidence"]] == [4, 4]
     for words, message in (
         ({"other": "stable-1"}, "two different releases"),
@@ -351,29 +353,6 @@ def test_the_status_of_a_comparison_shows_both_sides(interface: Interface) -> No
         interface.call(Role.OPERATOR, "POST", "/v1/rollouts/r-1/abort", {})
         refused = interface.call(Role.OPERATOR, "POST", "/v1/rollouts", {**body, **words})
         assert message in refused.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("truth", [0.0, 0.03])
-def test_the_interval_covers_the_truth_as_often_as_it_says(truth: float) -> None:
-    rng, covered, found_better = random.Random(4), 0, 0  # noqa: S311
-    for _ in range(300):
-        a = [rng.gauss(0.0, 0.02) for _ in range(12)]
-        b = [rng.gauss(truth, 0.05) for _ in range(20)]  # unequal spread and size
-        found = compare(a, b)
-        assert found.low is not None
-        assert found.high is not None
-        covered += found.low <= truth <= found.high
-        found_better += found.better == "b"
-    assert 0.92 <= covered / 300 <= 0.98
-    assert (found_better / 300 > 0.5) if truth else (found_better / 300 < 0.06)
-
-
-def test_a_comparison_of_little_says_little() -> None:
-    assert compare([], [0.1]).difference is None
-    one = compare([0.0], [0.1])
-    assert (one.difference, one.low, one.better) == (0.1, None, "")
-    same = compare([0.1, 0.1], [0.1, 0.1])
-    assert (same.effect, same.better) == (None, "")
 
 
 def test_health_before_and_after_and_attempts_are_kept(house: House) -> None:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from federation.filters import Filter
 from federation.orders import Observation, Orders, Target
 from federation.policy import OnSuccess, Policy, Retries
+from federation.rate import Counting, Rate
 from federation.rollout import ACTIVE, ALLOWED, Decision, Rollout, State, Verb, act, decide
 from federation.waves import RolloutError, Wave
 from protos.messages import DeviceEvent, Quality, RejectReason, bucket
@@ -24,6 +25,12 @@ PLANS = (
     ("1", "3", "50%", "100%"),
     ('1 where tag.site == "north"', 'where tag.site == "north"', "100%"),
     ("2", 'where id ~ "d-*" and tag.site == "north"', "60%", "100%"),
+)
+RATES = (
+    None,
+    Rate(per_minute=1),
+    Rate(per_minute=12),
+    Rate(per_minute=2, factor=2.0, every=3, counting=Counting.SUCCEEDED, max_per_minute=9),
 )
 UNDER_WAY = {State.RUNNING, State.PAUSED, State.AWAITING_APPROVAL}
 END = {State.HALTED, State.ROLLING_BACK, State.ABORTED}
@@ -61,6 +68,7 @@ class Fleet(RuleBasedStateMachine):
         self.now = 0.0
         self.reached: dict[str, int] = {}  # who was ever told to take it, and on which side
         self.orders: Orders | None = None
+        self.told: list[tuple[float, int]] = []
 
     @initialize(
         words=st.sampled_from(PLANS),
@@ -68,9 +76,10 @@ class Fleet(RuleBasedStateMachine):
         two_person=st.booleans(),
         on_success=st.sampled_from(list(OnSuccess)),
         max_failures=st.integers(0, 2),
+        rate=st.sampled_from(RATES),
         size=st.integers(1, 12),
     )
-    def begin(self, words, compare, two_person, on_success, max_failures, size) -> None:  # type: ignore[no-untyped-def]
+    def begin(self, words, compare, two_person, on_success, max_failures, rate, size) -> None:  # type: ignore[no-untyped-def]
         for number in range(size):
             self._join(f"d-{number}")
         policy = Policy(
@@ -80,6 +89,7 @@ class Fleet(RuleBasedStateMachine):
             bake_seconds=10.0,
             deadline_seconds=100.0,
             retries=Retries(device=1),
+            rate=rate,
         )
         self.rollout = Rollout(
             id="r-1",
@@ -159,10 +169,13 @@ class Fleet(RuleBasedStateMachine):
             assert new.state in NEXT[old.state], f"{old.state} -> {new.state}"
         assert new.basis_points >= old.basis_points, "a wave shrank"
         assert new.other_points >= old.other_points, "a wave shrank"
-        assert set(new.members) >= set(old.members), "a wave let a device go"
+        if old.salt:
+            for name in self.known:
+                assert new.includes(name) >= old.includes(name), "a wave let a device go"
         assert new.wave - old.wave in (0, 1), "skipped a wave"
         if new.wave > max(old.wave, 0):
             self._check_advance(old)
+        self._check_rate(old, new)
         if new.wave > old.wave:
             self._check_size(old, new)
         if old.state not in UNDER_WAY and old.state is not State.DRAFT:
@@ -198,6 +211,18 @@ class Fleet(RuleBasedStateMachine):
         assert len(inside - before) <= allowed + shared
         assert inside - before <= set(fits), "reached a device that the filter does not mean"
 
+    def _check_rate(self, old: Rollout, new: Rollout) -> None:
+        """Exactly those are reached that were counted, and never too many of them in a minute."""
+        rate = new.policy.rate
+        if rate is None or old.notified == new.notified:
+            return
+        fresh = [n for n in self.known if new.includes(n) and not (old.salt and old.includes(n))]
+        assert len(fresh) == new.notified - old.notified
+        self.told.append((self.now, len(fresh)))
+        last = sum(count for at, count in self.told if self.now - at < 60)
+        counted = rate.now(old.notified, sum(one.committed for one in self.seen))
+        assert last <= counted, "more devices told in a minute than the rate allows"
+
     def _check_orders(self, orders: Orders) -> None:
         document = orders.to_document(1, "r-1")
         for name in [*self.known, "d-999"]:
@@ -216,7 +241,7 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "rollout"))
     def time_alone_brings_it_to_rest(self) -> None:
         rollout, now = self.rollout, self.now
-        for _ in range(4 * len(rollout.waves) + 4):
+        for _ in range(4 * len(rollout.waves) + 4 + 2 * len(self.known)):
             now += 200.0
             rollout = decide(rollout, self.seen, now).rollout
         assert rollout.state in RESTING, "a silent device blocks it"

@@ -23,6 +23,7 @@ from federation.fleet import Fleet
 from federation.orders import BASE
 from federation.policy import Policy
 from federation.published import NotFoundError
+from federation.rate import Rate
 from federation.repository import Repository
 from federation.rollout import Rollout, State, Verb
 from federation.rollout_book import NoRolloutError
@@ -147,6 +148,26 @@ def run_to_end(house: House, rollout: Rollout) -> State:
         house.obey(rollout)
         house.ticker.tick()
     return house.ticker.record(rollout.id).rollout.state
+
+
+def test_a_rate_holds_across_kills_and_goes_on(house: House) -> None:
+    house.enrol(*FOUR)
+    waves = (Wave(percent=100),)
+    rollout = roll_out(house, house.publish(1), waves, rate=Rate(per_minute=1))
+    reached = [count(house, "stable-1")]
+    for _ in range(8):
+        house.now[0] += 30.0
+        house.start_again()  # as after kill -9: all that counts is in the database
+        house.ticker.tick()
+        house.start_again()
+        house.ticker.tick()
+        house.obey(rollout)
+        reached.append(count(house, "stable-1"))
+    house.ticker.tick()
+    assert reached == [1, 1, 2, 2, 3, 3, 4, 4, 4]
+    stored = house.ticker.record(rollout.id).rollout
+    assert (stored.state, stored.notified) == (State.DONE, 4)
+    assert sum(" more told, " in line["why"] for line in house.store.audit()) == 3
 
 
 def test_a_rollout_goes_through_its_waves_and_everything_is_audited(house: House) -> None:

@@ -337,9 +337,11 @@ def test_evaluations_from_a_file(tmp_path: Path, folder: Path) -> None:
 
 def bundle(path: Path, tensors: bytes, **changes: Any) -> Path:
     """A model-signing bundle in form; nobody here checks its signature."""
+    digest = hashlib.sha256(tensors)
+    whole = hashlib.sha256(digest.digest()).hexdigest()
     said = {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": "adapter", "digest": {"sha256": "ab" * 32}}],
+        "subject": [{"name": "adapter", "digest": {"sha256": whole}}],
         "predicateType": f"{PREDICATE}signature/v1.0",
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256"},
@@ -347,7 +349,7 @@ def bundle(path: Path, tensors: bytes, **changes: Any) -> Path:
                 {
                     "name": "adapter_model.safetensors",
                     "algorithm": "sha256",
-                    "digest": hashlib.sha256(tensors).hexdigest(),
+                    "digest": digest.hexdigest(),
                 }
             ],
         },
