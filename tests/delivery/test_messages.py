@@ -15,6 +15,8 @@ from protos.errors import WireError
 from protos.generated import fleet_pb2 as pb
 from protos.messages import (
     BUCKETS,
+    ContentKeyReply,
+    ContentKeyRequest,
     DeviceEvent,
     EnrolReply,
     EnrolRequest,
@@ -94,6 +96,8 @@ NOUNS = st.one_of(
     st.builds(MetadataBundle, st.dictionaries(WORD, BYTES, max_size=4)),
     st.builds(Heartbeat, st.integers(-(2**60), 2**60)),
     st.builds(FetchRequest, WORD, COUNT),
+    st.builds(ContentKeyRequest, st.binary(min_size=32, max_size=32).map(bytes.hex)),
+    st.builds(ContentKeyReply, BYTES),
     st.builds(WatchRequest, timestamp_version=COUNT, root_version=COUNT, running_release=WORD),
 )
 KINDS = [
@@ -105,6 +109,8 @@ KINDS = [
     pb.WatchRequest,
     pb.WatchEvent,
     pb.FetchRequest,
+    pb.ContentKeyRequest,
+    pb.ContentKeyReply,
 ]
 
 
@@ -166,6 +172,9 @@ def test_a_changed_body_gives_a_report_or_a_refusal(report: Report, at: int, byt
         (pb.EnrolRequest(tags={str(n): "" for n in range(40)}), "tags: 40"),
         (pb.EnrolRequest(certificate_request=b"x" * 70_000), "certificate_request"),
         (pb.FetchRequest(path="x" * 513), "path: 513"),
+        (pb.ContentKeyRequest(sha256="../x"), "is not 64 hex digits"),
+        (pb.ContentKeyRequest(sha256="AB" * 32), "is not 64 hex digits"),
+        (pb.ContentKeyReply(wrapped=bytes(1025)), "wrapped: 1025"),
         (pb.WatchRequest(root_version=2**63), "root_version"),
         (pb.WatchEvent(), "event"),
         (
