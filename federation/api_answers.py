@@ -295,3 +295,24 @@ class RevokedAnswer(BaseModel):
     """The releases that a revocation was new for."""
 
     revoked: list[str]
+
+
+class CertificatesAnswer(BaseModel):
+    """Certificates of active devices (PEM), by name; their encryption keys are in them."""
+
+    certificates: dict[str, str]
+
+
+class WrapsAnswer(BaseModel):
+    """The wrapped content keys of one payload."""
+
+    sha256: str
+    keys: int
+    wraps: str = Field(description="The file beside the payload, in base64.")
+
+
+class WrapsAdded(BaseModel):
+    """What a release's wrapped keys have become."""
+
+    added: int
+    keys: int

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query
 
+from federation.api_answers import CertificatesAnswer, WrapsAdded, WrapsAnswer
 from federation.api_bodies import WrapsRequest
 from federation.desk import Desk
 from federation.filters import Filter
@@ -32,7 +33,7 @@ def add_wrap_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
         operate: likewise, of one who may operate.
     """
 
-    @app.get("/v1/certificates")
+    @app.get("/v1/certificates", response_model=CertificatesAnswer, tags=["releases"])
     def certificates(operator: look, where: Where = "") -> dict[str, Any]:
         """The certificates of devices that are not revoked; their encryption keys are in them."""
         only = None
@@ -41,15 +42,17 @@ def add_wrap_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:
         found = active_certificates(desk.store, only)
         return {"certificates": {name: pem.decode() for name, pem in found.items()}}
 
-    @app.get("/v1/releases/{name}/wraps")
+    @app.get("/v1/releases/{name}/wraps", response_model=WrapsAnswer, tags=["releases"])
     def wraps(name: str, operator: look) -> dict[str, Any]:
+        """The wrapped content keys of an encrypted release."""
         record = desk.repository.release(name)
         found = desk.wraps.get(record.sha256)
         data = base64.b64encode(found.to_bytes()).decode()
         return {"sha256": record.sha256, "keys": len(found.entries), "wraps": data}
 
-    @app.post("/v1/releases/{name}/wraps")
+    @app.post("/v1/releases/{name}/wraps", response_model=WrapsAdded, tags=["releases"])
     def add(name: str, body: WrapsRequest, operator: operate) -> dict[str, Any]:
+        """Keep further wrapped keys; those of revoked devices are left out."""
         record = desk.repository.release(name)
         added = keep_wraps(desk, record, body.wraps)
         with desk.store.write() as connection:

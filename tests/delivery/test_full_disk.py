@@ -131,7 +131,7 @@ class Pages:
 
     def __init__(self, store: Store) -> None:
         self.limit = self.free = 2**30
-        sa.event.listen(store._engine, "begin", self._begin)
+        sa.event.listen(store.engine, "begin", self._begin)
         self._store = store
 
     def _begin(self, connection: sa.Connection) -> None:
