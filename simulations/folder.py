@@ -174,13 +174,17 @@ def locked(out: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def prepare(scenario: Scenario, out: Path, ready: Draft | None = None) -> Run:
+def prepare(
+    scenario: Scenario, out: Path, ready: Draft | None = None, *, clients_here: bool = True
+) -> Run:
     """Lay out the run folder, or check that it holds this very run.
 
     Args:
         scenario: what to run.
         out: the run folder; hold it with :func:`locked`.
         ready: the scenario's draft, if it is made already.
+        clients_here: whether clients have their ledger in this folder, as simulated ones do;
+            devices under Flower may have their own.
 
     Raises:
         RunError: if the folder holds something else, or a ledger in it was edited or damaged.
@@ -198,7 +202,7 @@ def prepare(scenario: Scenario, out: Path, ready: Draft | None = None) -> Run:
     if getattr(config.chosen().private, "secure", False):
         from_scenario.write_roster(scenario, folder)
     found = Checkpoints(out / CHECKPOINTS, config.run).latest()
-    _check_ledgers(out, config.run, found[0] if found else [])
+    _check_ledgers(out, config.run, found[0] if found else [], clients_here)
     return Run(
         scenario=scenario,
         out=out,
@@ -219,13 +223,13 @@ def done_rounds(run: Run) -> list[Round]:
     return found[0] if found else []
 
 
-def _check_ledgers(out: Path, run: str, rounds: Sequence[Round]) -> None:
+def _check_ledgers(out: Path, run: str, rounds: Sequence[Round], clients_here: bool) -> None:
     """Refuse to go on where it is no longer known what was spent.
 
     A ledger that was edited says so by itself; one that was emptied or taken away is missed because
     it tells of less than the rounds that are done.
     """
-    clients = Counter(name for record in rounds for name in record.privacy_events)
+    clients = Counter(name for r in rounds if clients_here for name in r.privacy_events)
     server = Counter({EVERY_CLIENT: sum(len(record.client_events) for record in rounds)})
     for name, done in ((LEDGER, clients), (SERVER_LEDGER, server)):
         path = out / name

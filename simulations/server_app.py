@@ -218,7 +218,7 @@ def main(grid: Grid, context: Context) -> None:
     ready = preflight.draft(scenario)
     with folder.locked(out) as where:
         _log.info("run folder: %s", where)
-        run = folder.prepare(scenario, where, ready)
+        run = folder.prepare(scenario, where, ready, clients_here=False)
         if run.gradients:
             _log.info("gradients per example by %s", run.gradients)
         trainer = resident(run.scenario.base.name, run.ledger, False, 1)

@@ -119,7 +119,7 @@ def clean_sum(config: RoundsConfig, trained: Mapping[str, Update], names: tuple[
 
 @pytest.mark.parametrize(
     ("step", "count", "inside"),
-    [("", 0, 12), ("train", 2, 10), ("masked", 3, 9), ("reveal", 3, 12)],
+    [("train", 2, 10), ("masked", 3, 9), ("reveal", 3, 12)],
 )
 def test_a_sum_is_never_clean_and_has_the_noise_of_those_in_it(
     step: str, count: int, inside: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

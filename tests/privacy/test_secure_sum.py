@@ -4,83 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import shamir
-from privacy.secure_messages import Confirmation, PublicKeys, survivors_statement
+from privacy.secure_messages import Confirmation, PublicKeys
 from privacy.secure_session import choose
 from privacy.secure_sum import (
-    SecureClient,
-    SecureServer,
     SecureSumAborted,
     SecureSumError,
     Session,
 )
-
-LENGTH = 8
-IDENTITIES = {f"c{i:02d}": Ed25519PrivateKey.generate() for i in range(60)}
-
-
-def verify(member: str, message: bytes, signature: bytes) -> bool:
-    if member not in IDENTITIES:
-        return False
-    try:
-        IDENTITIES[member].public_key().verify(signature, message)
-    except InvalidSignature:
-        return False
-    return True
-
-
-def member_of(session: Session, name: str) -> SecureClient:
-    return SecureClient(session, name, sign=IDENTITIES[name].sign, verify=verify)
-
-
-def session_of(count: int, length: int = LENGTH, number: int = 1) -> Session:
-    return Session.of("run", number, sorted(IDENTITIES)[:count], length=length)
-
-
-def vectors_of(session: Session, seed: int = 0) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return {
-        name: draw.integers(0, 1 << 32, session.length, dtype=np.uint32) for name in session.members
-    }
-
-
-def sum_of(vectors: Iterable[np.ndarray]) -> np.ndarray:
-    return np.asarray(np.sum(np.stack(list(vectors)), axis=0, dtype=np.uint32))
-
-
-def shuffled(names: Iterable[str], seed: int) -> list[str]:
-    return list(np.random.default_rng(seed).permutation(sorted(names)))
-
-
-def run(
-    session: Session, vectors: dict[str, np.ndarray], dropped: dict[int, set[str]]
-) -> tuple[np.ndarray, set[str]]:
-    """The whole protocol; ``dropped[s]`` answer no more from step s on. Sum and who is in it."""
-    clients = {name: member_of(session, name) for name in session.members}
-    server = SecureServer(session)
-    gone: set[str] = set()
-
-    def alive(step: int, names: Iterable[str]) -> list[str]:
-        gone.update(dropped.get(step, set()))
-        return [name for name in names if name not in gone]
-
-    keys = server.keys([clients[n].advertise() for n in alive(0, clients)])
-    pieces = server.pieces([clients[n].share(keys[n]) for n in alive(1, keys)])
-    for name in alive(2, pieces):
-        server.add(clients[name].mask(vectors[name], pieces[name]))
-    survivors = server.survivors()
-    confirmed = server.confirmations([clients[n].confirm(survivors) for n in alive(3, survivors)])
-    revealed = [clients[n].reveal(confirmed[n]) for n in alive(4, confirmed)]
-    return server.total(revealed), set(survivors)
+from tests.privacy.secure import (
+    IDENTITIES,
+    LENGTH,
+    confirmed_up_to,
+    member_of,
+    run,
+    session_of,
+    shuffled,
+    sum_of,
+    vectors_of,
+)
 
 
 @pytest.mark.parametrize("count", [3, 4, 10, 50])
@@ -149,66 +98,6 @@ def test_with_many_members_a_part_of_them_are_neighbours_and_the_sum_is_right() 
     assert np.array_equal(total, sum_of(vectors[name] for name in survivors))
 
 
-def transcript(session: Session, vector: np.ndarray) -> dict[str, bytes]:
-    """All that one member sends in a session, the others' vectors being fixed."""
-    clients = {name: member_of(session, name) for name in session.members}
-    server, sent = SecureServer(session), {}
-    mine = clients["c00"]
-    keys = server.keys([client.advertise() for client in clients.values()])
-    own = next(k for k in keys["c01"] if k.member == "c00")
-    sent["keys"] = own.sealing + own.masking + own.signature
-    sealed = {name: clients[name].share(keys[name]) for name in keys}
-    sent["pieces"] = b"".join(sealed["c00"].sealed.values())
-    pieces = server.pieces(list(sealed.values()))
-    masked = mine.mask(vector, pieces["c00"])
-    sent["masked"] = masked.values.tobytes()
-    server.add(masked)
-    for name in session.members[1:]:
-        server.add(clients[name].mask(np.zeros(session.length, np.uint32), pieces[name]))
-    said = [clients[name].confirm(server.survivors()) for name in session.members]
-    sent["confirm"] = said[0].signature
-    revealed = mine.reveal(said)
-    sent["reveal"] = b"".join(revealed.own.values())
-    return sent
-
-
-def test_a_transcript_looks_the_same_whatever_the_vector_is() -> None:
-    """Chi-square, of each kind of message: against another vector's, and against noise."""
-    counts: dict[tuple[str, int], np.ndarray] = {}
-    for number in range(12):
-        session = session_of(4, length=1500, number=number + 1)
-        for value in (0, 7):
-            vector = np.full(session.length, value, np.uint32)
-            for kind, sent in transcript(session, vector).items():
-                # Half bytes, since the shorter messages have few bytes in all; at every place of
-                # a word, so that nothing is averaged away.
-                halves = np.frombuffer(sent, np.uint8)[:, None] >> np.array([0, 4], np.uint8) & 15
-                place = 16 * (np.arange(halves.size) % 8)
-                found = np.bincount(halves.ravel() + place, minlength=128)
-                counts[kind, value] = counts.get((kind, value), 0) + found
-    assert np.array_equal(counts["confirm", 0], counts["confirm", 7])  # signs names alone
-    for kind in ("keys", "pieces", "masked", "reveal"):
-        one, other = counts[kind, 0].astype(float), counts[kind, 7].astype(float)
-        both = np.maximum(one + other, 1.0)
-        assert one.sum() == other.sum()
-        statistic = float(((one - other) ** 2 / both).sum())
-        assert statistic < 220  # 120 degrees of freedom at most: 1e-6
-        if kind in ("pieces", "masked"):
-            for seen in (one, other):
-                expected = seen.sum() / 128
-                assert 50 < float(((seen - expected) ** 2 / expected).sum()) < 220
-
-
-def confirmed_up_to(session: Session) -> tuple[dict[str, SecureClient], SecureServer]:
-    clients = {name: member_of(session, name) for name in session.members}
-    server = SecureServer(session)
-    keys = server.keys([c.advertise() for c in clients.values()])
-    pieces = server.pieces([clients[n].share(keys[n]) for n in keys])
-    for name in session.members:
-        server.add(clients[name].mask(vectors_of(session)[name], pieces[name]))
-    return clients, server
-
-
 def test_a_server_that_tells_two_stories_of_who_survived_learns_nothing() -> None:
     """It wants own masks from some members and masking keys from others, of the same victim."""
     session = session_of(9)
@@ -222,35 +111,6 @@ def test_a_server_that_tells_two_stories_of_who_survived_learns_nothing() -> Non
         if name in said:
             with pytest.raises(SecureSumAborted, match="confirmed the same list"):
                 client.reveal(list(said.values()))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_whatever_lists_a_server_tells_it_never_has_both_kinds_of_pieces(
-    data: st.DataObject,
-) -> None:
-    """It has two members of seven in its league, and tells every other one a list of its choice."""
-    session = session_of(7, length=1)
-    clients, server = confirmed_up_to(session)
-    everybody = server.survivors()
-    victims = st.sets(st.sampled_from(everybody[2:]), max_size=2)
-    lists = [everybody] + [
-        tuple(name for name in everybody if name not in data.draw(victims)) for _ in range(2)
-    ]
-    said: list[Confirmation] = []
-    for name in everybody[2:]:
-        with contextlib.suppress(SecureSumAborted):  # a list that leaves it out
-            said.append(clients[name].confirm(data.draw(st.sampled_from(lists))))
-    for name in everybody[:2]:  # they sign whatever helps
-        sign = IDENTITIES[name].sign
-        said += [Confirmation(name, sign(survivors_statement(session, one))) for one in lists]
-    own, masking = Counter[str](), Counter[str]()
-    for name in {one.member for one in said} - set(everybody[:2]):
-        with contextlib.suppress(SecureSumAborted):
-            revealed = clients[name].reveal(said)
-            own.update(revealed.own)
-            masking.update(revealed.masking)
-    assert not own.keys() & masking.keys()
 
 
 def test_no_member_gives_both_pieces_or_answers_a_step_twice() -> None:
