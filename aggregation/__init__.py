@@ -7,7 +7,7 @@ adapters as values   ``adapter`` ``spec`` ``module_spec`` ``spec_fields`` ``init
                      ``guard``
 PEFT's folders       ``peft_layout`` ``peft_config`` ``peft_types`` ``spec_from_peft``
                      ``named_from_peft`` ``tensor_file``
-bytes for delivery   ``payload`` ``values``
+bytes for delivery   ``payload`` ``values`` ``sealed``
 a recipe             ``recipe`` ``recipes`` ``piece`` ``pieces`` ``choices`` ``describing``
                      ``showing``
 what goes together   ``soundness`` ``codec_soundness`` ``server_rules`` ``central_rules``
@@ -20,7 +20,7 @@ reduce               ``reducing`` ``summing`` ``running_sum`` ``padded_mean`` ``
                      ``sent_mean`` ``sketching`` ``sketches``
 reduce, with liars   ``robust`` ``robust_gram`` ``robust_rules`` ``coordinate_rules``
 private              ``clipped_sum`` ``client_dp`` ``secure_pieces`` ``secret`` ``secret_ring``
-                     ``secret_reduction``
+                     ``secret_reduction`` ``shared_noise``
 optimise             ``server_optimizer`` ``server_adaptive``
 refactor             ``refactoring`` ``folding`` ``ridge`` ``thin_qr``
 distribute           ``distributing`` ``sparse`` ``beside``

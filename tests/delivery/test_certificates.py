@@ -164,6 +164,7 @@ def test_a_database_of_the_version_before_is_brought_up_to_date(tmp_path: Path) 
     held = office.enrol(key, "kitchen")
     office.store.close()
     with sqlite3.connect(tmp_path / "fleet.sqlite") as old:
+        old.execute("DROP TABLE timestamps")
         old.execute("DROP TABLE certificates")
         old.execute("DROP TABLE authorised_keys")
         old.execute("DROP INDEX devices_by_key")
