@@ -446,13 +446,9 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
     assert [d["id"] for d in call(cli.fleet, "lagging", "--hours", "0")] == ["away"]
     with Watcher(away) as watcher:
         until(lambda: watcher.bundles, what="the stream")
-<<<<<<< HEAD
         assert call(cli.fleet, "lagging", "--hours", "0") == []
-=======
-        assert call(cli.fleet, "lagging", "--hours", "-1") == []
         (one,) = [d for d in call(cli.fleet, "list") if d["id"] == "away"]
         assert one["metadata_hours"] == 0.0, "it was sent the newest"
->>>>>>> h-threats
     with server.operator() as operator:
         operator.revoke(away.name)
 
