@@ -88,10 +88,6 @@ def whole(repository: Repository, publisher: Publisher) -> None:
 
 def works(publisher: Publisher, tmp_path: Path) -> dict[str, Work]:
     signed, data = publisher.signed_adapters(statement(2), payload_of(2)), payload_of(2)
-    round_two = publisher.repository.round()
-    round_two = type(round_two)(
-        sequence=2, rollout="r2", salt="s", assignments=round_two.assignments
-    )
     people = Ceremony(publisher, tmp_path)
     change = people.request(KeyChange(thresholds={"root": 3}))
     people.sign(change, ("root-1", "root-2", "root-3"))
@@ -103,13 +99,12 @@ def works(publisher: Publisher, tmp_path: Path) -> dict[str, Work]:
 
     return {
         "release": lambda r: r.publish_release(signed, data, now=publisher.now),
-        "round": lambda r: r.publish_round(round_two, now=publisher.now),
         "date": lambda r: r.refresh_timestamp(later),
         "keys": keys,
     }
 
 
-@pytest.mark.parametrize("name", ["release", "round", "date", "keys"])
+@pytest.mark.parametrize("name", ["release", "date", "keys"])
 def test_at_every_write_of_a_repository(publisher: Publisher, tmp_path: Path, name: str) -> None:
     original = publisher.repository
     work = works(publisher, tmp_path / "people")[name]
@@ -195,7 +190,7 @@ def test_at_every_page_of_enrolments(house: House) -> None:
 def test_at_every_page_of_a_rollouts_start(house: House) -> None:
     """Decided and not published, or not decided: the next tick or the same command goes on."""
     name, refused = house.publish(1), 0
-    for number in range(60):  # on whichever page the database is nearly full
+    for number in range(30):  # on whichever page the database is nearly full
         pages = Pages(house.store)
         pages.allow(number % 2)
         try:
