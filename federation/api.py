@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Response
-from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -126,7 +125,12 @@ def _add_open_routes(app: FastAPI, desk: Desk) -> None:
         """Whether the server works; needs no token."""
         return {"status": "serving", "trouble": desk.ticker.trouble}
 
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["server"])
+    @app.get(
+        "/metrics",
+        response_model=None,
+        responses={200: {"content": {CONTENT_TYPE: {}}, "description": "Prometheus' text."}},
+        tags=["server"],
+    )
     def metrics() -> Response:
         """The server's metrics in Prometheus' text format; needs no token."""
         devices = Counter("revoked" if d["revoked"] else "active" for d in desk.fleet.devices())

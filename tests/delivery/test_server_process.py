@@ -396,6 +396,22 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
     assert "nothing has happened" in run.invoke(cli.rollout, dry).stdout
     assert "give one RELEASE" in call(cli.rollout, "plan", code=2).stderr
     assert "--retries" in call(cli.rollout, "plan", name, "--retries", "x=1", code=2).stderr
+    rated = ("plan", other, "--rate", "6", "--unhealthy-if", "heat=85")
+    grown = ("--rate-factor", "2", "--rate-every", "5", "--rate-counting", "succeeded")
+    planned = call(cli.rollout, *rated, *grown, "--rate-max", "90")
+    assert "times 2 for every 5 succeeded, at most 90" in planned["rate"]
+    told = run.invoke(cli.rollout, [*rated, "--home", str(server.home)]).stdout
+    assert "rate: 6 devices a minute" in told
+    assert max(map(len, told.splitlines())) <= 100
+    assert "needs --rate-factor" in call(cli.rollout, *rated, *grown[:2], code=2).stderr
+    assert "NAME=LIMIT" in call(cli.rollout, *rated[:2], *rated[4:5], "x=1", code=2).stderr
+    said = call(cli.rollout, "pause", started["id"], "--dry-run")
+    assert (said["possible"], "cannot pause" in said["effect"]) == (False, True)
+    assert call(cli.rollout, "status", "--state", "running") == []
+    assert "name it" in call(cli.rollout, "status", "--troubled", code=2).stderr
+    tagged = call(cli.fleet, "tag", "--where", 'id == "attic"', "site=roof", "--dry-run")
+    assert tagged[0]["tags"] == {}
+    assert "give one DEVICE" in call(cli.fleet, "revoke", code=2).stderr
     tagged = call(cli.fleet, "tag", "attic", "site=roof", "--remove", "nothing")
     assert tagged["tags"] == {"site": "roof"}
     found = call(cli.fleet, "list", "--where", 'tag.site == "roof"')
@@ -426,10 +442,10 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
     assert revoked["cellar"] is not None
     assert call(cli.fleet, "lagging") == []
     away = Device(server, "away")
-    assert [d["id"] for d in call(cli.fleet, "lagging", "--hours", "-1")] == ["away"]
+    assert [d["id"] for d in call(cli.fleet, "lagging", "--hours", "0")] == ["away"]
     with Watcher(away) as watcher:
         until(lambda: watcher.bundles, what="the stream")
-        assert call(cli.fleet, "lagging", "--hours", "-1") == []
+        assert call(cli.fleet, "lagging", "--hours", "0") == []
     with server.operator() as operator:
         operator.revoke(away.name)
 
