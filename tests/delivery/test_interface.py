@@ -108,7 +108,7 @@ def test_a_rollout_at_a_rate_is_shown_with_pace_progress_and_concerns(
         "rate": plan["rate"],
         "notified": 1,
         "waiting": 2,
-        "seconds_left": 20.0,
+        "seconds_left": 10.0,
     }
     assert one["policy"]["rate"]["max_per_minute"] == 1000
     assert one["progress"]["reached"] == 1

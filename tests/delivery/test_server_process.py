@@ -377,6 +377,9 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
         words = ["watch", started["id"], "--home", str(server.home)]
         assert "1 of 1 devices" in run.invoke(cli.rollout, words).stdout
         assert call(cli.fleet, "show", "attic")["running"] == name
+        meant = ("--where", 'id == "attic"')
+        assert call(cli.fleet, "tag", *meant, "site=roof", "--dry-run")[0]["tags"] == {}
+        assert call(cli.fleet, "tag", *meant, "site=cellar")[0]["tags"] == {"site": "cellar"}
         back = call(cli.rollout, "rollback", started["id"], "--why", "autumn")
         assert back["state"] in ("rolling_back", "rolled_back")
         wait_for(server, started["id"], "rolled_back")
@@ -409,8 +412,6 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
     assert (said["possible"], "cannot pause" in said["effect"]) == (False, True)
     assert call(cli.rollout, "status", "--state", "running") == []
     assert "name it" in call(cli.rollout, "status", "--troubled", code=2).stderr
-    tagged = call(cli.fleet, "tag", "--where", 'id == "attic"', "site=roof", "--dry-run")
-    assert tagged[0]["tags"] == {}
     assert "give one DEVICE" in call(cli.fleet, "revoke", code=2).stderr
     tagged = call(cli.fleet, "tag", "attic", "site=roof", "--remove", "nothing")
     assert tagged["tags"] == {"site": "roof"}
