@@ -85,6 +85,14 @@ class Published:
         """The same, with one file that has been verified against these keys just now."""
         return Published(self.roots, {**self.files, role: data}, {**self.metadata, role: parsed})
 
+    def following(self, old: Published) -> Published:
+        """The same; the releases that it shares with an older state are not read again."""
+        self.__dict__["listed"] = {
+            role: read_releases(self.signed[role], old.signed.get(role), old.listed.get(role, ()))
+            for role in self.adapter_roles
+        }
+        return self
+
     def role_of(self, channel: str) -> str:
         """The role that signs a channel's releases.
 

@@ -46,7 +46,7 @@ from federation.revocation import (
     make_revocation,
     read_revocation,
 )
-from protos.canonical import canonical
+from protos.canonical import canonical, canonical_exact
 
 __all__ = [
     "ReleaseError",
@@ -94,10 +94,14 @@ def sign_request(
     """The same, for a request that has been read, and so checked, already.
 
     Raises:
+        ReleaseError: it holds what cannot be signed, such as a number with a fraction.
         SignerError: the signer did not sign.
         StorageError: the signature can't be written.
     """
-    content = request.parsed.signed_bytes
+    try:
+        content = canonical_exact(request.parsed.signed.to_dict())
+    except ValueError as error:
+        raise ReleaseError(f"{request.folder} cannot be signed: {error}") from None
     signature = signer.sign(content)
     keyid = signer.public_key.keyid
     doc = {
@@ -152,7 +156,7 @@ def signed_so_far(folder: Path) -> list[str]:
         ReleaseError: a signature file is for another request, or not one.
     """
     request = read_any(folder)
-    expected = hashlib.sha256(request.parsed.signed_bytes).hexdigest()
+    expected = hashlib.sha256(canonical(request.parsed.signed.to_dict())).hexdigest()
     names = []
     for path in sorted((request.folder / SIGNATURES).glob("*.json")):
         _read_signature(path, expected)

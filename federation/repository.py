@@ -263,7 +263,7 @@ class Repository(Reading):
             write(self.folder, payloads, new)
         finally:
             # The disk says what is current, also when the last write failed after its rename.
-            self._state = load(self.folder, known or self._state)
+            self._state = load(self.folder, known or self._state).following(self._state)
         self._prune()
 
     def _prune(self) -> None:

@@ -15,7 +15,7 @@ from tuf.api.metadata import Metadata, Targets
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet, _load_from_metadata
 
 from clients.trust_loader import KEPT, LEAST, Loader
-from protos.canonical import canonical
+from protos.canonical import canonical, canonical_exact
 from protos.messages import RejectReason
 from tests.trust.fleet_of_one import Device, Publisher, file_of, payload_of, statement
 
@@ -118,3 +118,17 @@ def test_a_device_with_a_memory_refuses_what_one_without_refuses(
     publisher.later(days=200)
     publisher.refresh()
     assert device.reason() is RejectReason.METADATA_EXPIRED, "remembered, and expired"
+
+
+@settings(deadline=None, max_examples=100)
+@given(doc=JSON)
+def test_what_is_signed_is_what_the_reference_signs_and_never_a_fraction(doc: Any) -> None:
+    with pytest.raises(ValueError):  # whichever of the two refuses first
+        canonical_exact({"doc": doc, "n": 0.5})
+    with pytest.raises(ValueError, match="must be an integer"):
+        canonical_exact({"n": 0.5})
+    try:
+        expected = encode_canonical(doc).encode("utf-8")
+    except UnicodeEncodeError:
+        return
+    assert canonical_exact(doc) == expected
