@@ -252,7 +252,7 @@ class _Reader:
             self.word, self._kind = rest[:1], "end" if not rest else "strange"
             self._next = len(self._text) if not rest else self._next
             if rest:
-                raise self.wrong('a name, a number, a "text" or a sign')
+                raise self.wrong('a name, a number, a "text" or a sign (== != ~ < <= > >=)')
             return
         self._kind = match.lastgroup or ""
         self.word, self._at = match[self._kind], match.start(self._kind)

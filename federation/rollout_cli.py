@@ -20,6 +20,7 @@ from federation.rate import Rate
 from federation.rollout_nouns import ALLOWED, State, Verb
 from federation.rollout_shown import effect, print_plan, print_rollout, print_rollouts, progress
 from federation.shown import (
+    BAD_INPUT,
     HERE,
     AsFormat,
     Format,
@@ -281,11 +282,12 @@ def _verb(verb: Verb, text: str) -> None:
                 words = effect(verb, now, allowed)
                 if dry_run:
                     said = {"rollout": name, "verb": verb, "possible": allowed, "effect": words}
-                    return show("rollout-verb", said, format, lambda: typer.echo(words))
+                    show("rollout-verb", said, format, lambda: typer.echo(words))
+                    raise typer.Exit(0 if allowed else BAD_INPUT)
                 if allowed:
                     confirm(words)
             one = operator.act(name, verb, why)
-        return show("rollout", one, format, lambda: print_rollout(one))
+        show("rollout", one, format, lambda: print_rollout(one))
 
 
 _verb(Verb.APPROVE, "Let it go beyond the first wave; another operator than the one who started.")

@@ -408,7 +408,7 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
     assert max(map(len, told.splitlines())) <= 100
     assert "needs --rate-factor" in call(cli.rollout, *rated, *grown[:2], code=2).stderr
     assert "NAME=LIMIT" in call(cli.rollout, *rated[:2], *rated[4:5], "x=1", code=2).stderr
-    said = call(cli.rollout, "pause", started["id"], "--dry-run")
+    said = json.loads(call(cli.rollout, "pause", started["id"], "--dry-run", code=2).stdout)["data"]
     assert (said["possible"], "cannot pause" in said["effect"]) == (False, True)
     assert call(cli.rollout, "status", "--state", "running") == []
     assert "name it" in call(cli.rollout, "status", "--troubled", code=2).stderr
