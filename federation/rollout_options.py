@@ -40,10 +40,14 @@ RatePerMinute = Annotated[
     int | None,
     typer.Option("--rate", help="Devices that are told in a minute, at most; else a wave at once."),
 ]
-RateFactor = Annotated[float, typer.Option(help="The rate grows by this factor (1.1 to 10) ...")]
-RateEvery = Annotated[int, typer.Option(help="... whenever so many more devices are counted,")]
-RateCounting = Annotated[Counted, typer.Option(help="told of the release, or running it,")]
-RateMax = Annotated[int, typer.Option(help="up to so many a minute.")]
+RateFactor = Annotated[
+    float, typer.Option(help="A rate that grows: multiplied by this (1.1 to 10) at each step.")
+]
+RateEvery = Annotated[int, typer.Option(help="A step is so many more devices counted.")]
+RateCounting = Annotated[
+    Counted, typer.Option(help="What is counted: devices told, or those of them that run it.")
+]
+RateMax = Annotated[int, typer.Option(help="A rate that grows never exceeds this.")]
 UnhealthyIf = Annotated[
     list[str] | None,
     typer.Option(
