@@ -62,7 +62,11 @@ class Refused(FederationError):  # noqa: N818  (what happened, and no mistake)
     """
 
     def __init__(
-        self, reason: StrEnum, code: Code, detail: str, trailing: tuple[tuple[str, str], ...] = ()
+        self,
+        reason: StrEnum,
+        code: grpc.StatusCode,
+        detail: str,
+        trailing: tuple[tuple[str, str], ...] = (),
     ) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.code, self.detail, self.trailing = reason, code, detail, trailing
