@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_private_spends_nothing(
     ledger = Ledger(tmp_path / "ledger.sqlite")
     trainer = ResidentTrainer(base, ledger, threads=1)
     one = job(base, examples, privacy=LocalPrivacy(noise_multiplier=1.0, delta=1e-3))
-    trainer._shelf.model(one.adapter.spec).add_module("norm", part)
+    trainer.shelf.model(one.adapter.spec).add_module("norm", part)
     (result,) = trainer.train([one])
     assert isinstance(result, JobFailure)
     assert re.search(says, result.detail)

@@ -24,7 +24,7 @@ from tests.waiting import until
 USER = "nobody" if os.geteuid() == 0 else None  # initdb refuses to run as root
 # Not Popen(user=...): that forks, and gRPC's threads do not survive it.
 AS_USER = ("setpriv", f"--reuid={USER}", "--regid=65534", "--clear-groups") if USER else ()
-FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+FAST = {"fsync": "off", "full_page_writes": "off"}  # a stop may lose no commit
 SMALL = {"shared_buffers": "16MB", "max_connections": "60", "autovacuum": "off"}
 
 

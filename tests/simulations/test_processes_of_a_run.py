@@ -74,7 +74,7 @@ def test_any_number_of_workers_gives_the_same_adapter(world: Path, tmp_path: Pat
 def test_no_worker_outlives_the_run_and_the_run_goes_on(
     world: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    rounds = ["--set", "federation.rounds=30"]
+    rounds = ["--set", "federation.rounds=60"]  # so many that some are left after the signal
     process = start(world, tmp_path / "run", "--workers", "2", *rounds)
     try:
         until(lambda: rounds_done(tmp_path / "run") >= 2, 120, what="a round")
@@ -88,7 +88,7 @@ def test_no_worker_outlives_the_run_and_the_run_goes_on(
     if how is signal.SIGINT:
         assert process.returncode == 3
         assert "the same command goes on" in errors
-    scenario = world_scenario(world, "federation.rounds=30")
+    scenario = world_scenario(world, "federation.rounds=60")
     whole = simulate(scenario, tmp_path / "whole")
     if how is signal.SIGKILL:  # once by the command, once by the call: it is the same
         assert simulate(scenario, tmp_path / "run").adapter.digest == whole.adapter.digest
