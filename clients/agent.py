@@ -17,56 +17,31 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from aggregation.durable import StorageError
 from clients.agent_policy import AgentPolicy
 from clients.connection import Connection, ConnectionLost, Denied
 from clients.content_keys import ContentKeys
-from clients.health import NoSpace
 from clients.health import measure as measure_health
-from clients.install import Installer, Outcome
+from clients.install import Installer
 from clients.leaving import Leaving
 from clients.link import Backoff
-from clients.partial import is_full
-from clients.permission import Permission, Wait
+from clients.obedience import Obedience
+from clients.permission import Permission
 from clients.probe import HeldOut
 from clients.reporting import AgentStatus, Reporter
 from clients.runtime import Runtime
-from clients.slots import SlotDamaged, SlotRecord, Slots
+from clients.slots import Slots
 from clients.sources import Sources
 from clients.telemetry import ReportQueue
-from clients.trust import (
-    DeviceFacts,
-    Install,
-    Rejected,
-    SignedRelease,
-    Stay,
-    Trust,
-    TrustStateError,
-    Withdraw,
-)
-from protos.messages import DeviceEvent, MetadataBundle, RejectReason, Report, WatchRequest
-
-ASK_AGAIN = 60.0  # seconds; clocks are set and windows move, so nobody sleeps through to the end
+from clients.trust import DeviceFacts, Trust
+from protos.messages import DeviceEvent, MetadataBundle, Report, WatchRequest
 
 log = logging.getLogger("airpeft.clients.agent")
 
 __all__ = ["Agent", "AgentPolicy"]
-
-# Whoever serves such metadata may be no server of ours: it must not get to confirm reports, least
-# of all the one that tells of it.
-IMPOSTOR = frozenset(
-    {
-        RejectReason.METADATA_SIGNATURE,
-        RejectReason.METADATA_ROLLBACK,
-        RejectReason.METADATA_MALFORMED,
-    }
-)
 
 
 class Agent:
@@ -111,16 +86,13 @@ class Agent:
         keys: ContentKeys | None = None,
         on_report: Callable[[Report], None] = lambda report: None,
     ) -> None:
-        self._home, self._device, self._trust = home, device, trust
-        self._slots, self._queue, self._connect = slots, queue, connect
-        self._policy, self._now, self._runtime = policy, now, runtime
+        self._home, self._trust, self._queue, self._connect = home, trust, queue, connect
+        self._policy, self._runtime = policy, runtime
         self._sources, self._expiring = sources or Sources(), expiring
         self._stop = threading.Event()
         self._connection: Connection | None = None
-        self._reconnect, self._later = backoff(*policy.reconnect), backoff(*policy.later)
-        self._due: tuple[str, float] | None = None  # what waits, and until when (monotonic)
+        self._reconnect = backoff(*policy.reconnect)
         self._bundle: MetadataBundle | None = None  # the newest, for what waits while offline
-        self._permission = permission or Permission(home, now=now)
         self._reporter = Reporter(
             home,
             queue,
@@ -143,6 +115,18 @@ class Agent:
             now=now,
         )
         self._leaving = Leaving(trust, slots, runtime, self._installer, self._reporter)
+        self._obedience = Obedience(
+            device=device,
+            trust=trust,
+            slots=slots,
+            installer=self._installer,
+            leaving=self._leaving,
+            reporter=self._reporter,
+            sources=self._sources,
+            permission=permission or Permission(home, now=now),
+            now=now,
+            later=backoff(*policy.later),
+        )
 
     @property
     def status(self) -> AgentStatus:
@@ -203,119 +187,12 @@ class Agent:
             connection.close()
 
     def consider(self, bundle: MetadataBundle, connection: Connection | None) -> bool:
-        """Judge one bundle and do what it orders; whether it was believed.
-
-        Args:
-            bundle: from anywhere.
-            connection: the fleet's, if that is where the bundle comes from.
-
-        Raises:
-            ConnectionLost: while fetching; the bundle will come again with the next stream.
-        """
-        if self._due and not self._due[0]:
-            self._due = None
-        try:
-            verdict = self._trust.accept(bundle, device=self._device, now=self._now())
-        except Rejected as rejected:
-            self._leave_revoked()
-            if connection is not None:
-                if rejected.reason in IMPOSTOR:
-                    self._reporter.doubt(str(rejected))
-                else:
-                    self._reporter.believe(connection)
-            self._reporter.tell_once(
-                DeviceEvent.REJECTED,
-                reason=rejected.reason,
-                release=rejected.release,
-                rollout=rejected.rollout,
-                round_sequence=rejected.sequence,
-                detail=rejected.detail,
-            )
-            return False
-        except (TrustStateError, StorageError) as error:
-            self._try_later(error)
-            return False
-        if connection is not None:
-            self._reporter.believe(connection)
-        self._leave_revoked()
-        match verdict:
-            case Stay(reason=reason):
-                log.debug("stay: %s", reason)
-            case Withdraw():
-                self._withdraw(verdict)
-            case Install(release=release):
-                self._install(release, connection)
-        return True
-
-    def _try_later(self, error: Exception, **fields: Any) -> None:
-        """The device's own disk stood in the way: said once, and tried again."""
-        reason = RejectReason.NO_SPACE if is_full(error) else None
-        self._reporter.tell_once(DeviceEvent.FAILED, reason=reason, detail=str(error), **fields)
-        self._due = ("", time.monotonic() + self._later.next())
-
-    def _leave_revoked(self) -> None:
-        if not self._leaving.leave():
-            self._due = ("", time.monotonic() + self._later.next())
-
-    def _withdraw(self, order: Withdraw) -> None:
-        if self._slots.state.active is not None:
-            log.info("serving the base alone: %s", order.reason)
-            try:
-                self._installer.withdraw(order.rollout, order.sequence)
-            except (NoSpace, StorageError) as error:
-                self._try_later(error, rollout=order.rollout, round_sequence=order.sequence)
-        else:
-            self._reporter.tell_once(
-                DeviceEvent.COMMITTED,
-                release="",
-                rollout=order.rollout,
-                round_sequence=order.sequence,
-                detail="already withdrawn",
-            )
-
-    def _install(self, release: SignedRelease, connection: Connection | None) -> None:
-        active = self._active()
-        if active is not None and active.sha256 == release.sha256:
-            if active.rollout != release.rollout:
-                self._reporter.tell_once(
-                    DeviceEvent.COMMITTED,
-                    release=release.name,
-                    rollout=release.rollout,
-                    round_sequence=release.sequence,
-                    detail="already installed",
-                )
-            return
-        order = f"{release.sha256} in round {release.sequence}"  # a new round is looked at at once
-        if self._waits(order):
-            return
-        wait: Wait | None = None
-
-        def hold() -> bool:
-            nonlocal wait
-            wait = self._permission.wait(release.window)
-            return wait is not None
-
-        outcome = self._installer.install(
-            SlotRecord.of(release),
-            self._sources.download(release.path, release.length, connection),
-            lambda: self._trust.remember_bad(release),
-            hold=hold,
-            bake_seconds=release.bake_seconds,
-            places=self._sources.places(connection),
-        )
-        self.status.waiting = wait.why if wait is not None else ""
-        if wait is not None and outcome is Outcome.WAITING:
-            log.info("%s is staged: %s", release.name, wait.why)
-            self._due = (order, time.monotonic() + min(wait.seconds, ASK_AGAIN))
-        elif outcome is Outcome.LATER:
-            self._due = (order, time.monotonic() + self._later.next())
-        else:
-            self._later.reset()
-            self._due = None
+        """Judge one bundle and do what it orders, see :class:`clients.obedience.Obedience`."""
+        return self._obedience.consider(bundle, connection)
 
     def _while_offline(self) -> None:
         """What is downloaded and waits for its hour needs no link."""
-        if self._bundle is None or not self._due or self._waits(self._due[0]) or not self._due[0]:
+        if self._bundle is None or not self._obedience.is_release_due():
             return
         try:
             self.consider(self._bundle, None)
@@ -340,7 +217,7 @@ class Agent:
                 if isinstance(event, MetadataBundle):
                     bundle = self._bundle = event
                     self.consider(bundle, connection)
-                elif bundle is not None and self._due and not self._waits(self._due[0]):
+                elif bundle is not None and self._obedience.is_due():
                     self.consider(bundle, connection)
                 if self._expiring():
                     return
@@ -364,20 +241,10 @@ class Agent:
             self._reporter.tell_once(DeviceEvent.FAILED, detail=f"{type(error).__name__}: {error}")
 
     def _watch_request(self) -> WatchRequest:
-        active = self._active()
+        active = self._obedience.active()
         state = self._trust.state
         return WatchRequest(
             timestamp_version=state.version("timestamp"),
             root_version=state.root,
             running_release=active.release if active else "",
         )
-
-    def _active(self) -> SlotRecord | None:
-        try:
-            return self._slots.active()
-        except SlotDamaged as error:
-            log.error("%s", error)
-            return None
-
-    def _waits(self, order: str) -> bool:
-        return self._due is not None and self._due[0] == order and time.monotonic() < self._due[1]
