@@ -10,11 +10,9 @@ Processor seconds count, not wall time: other work on the machine changes the la
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from _servers import many_files
 
 MEGABYTE = 1_000_000
 TARGETS = {"plain": 45.0, "mutual TLS": 100.0}  # KiB
 GB = 1e9
+SERVERS = str(Path(__file__).with_name("_servers.py"))
 
 
 class Child:
@@ -67,94 +67,6 @@ class Child:
     def end(self) -> None:
         self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait(20)
-
-
-# --- the server's process -------------------------------------------------------------------------
-
-
-async def serve_fleet(folder: Path, tls: bool) -> None:
-    import grpc
-
-    from federation.authority import open_authority, server_tls
-    from federation.broadcast import FLEET, Feed, FleetService
-    from federation.chunks import ChunkCache
-    from federation.fleet import Fleet
-    from federation.keys import ADAPTER_NAMES, ONLINE_NAME, ROOT_NAMES, generate
-    from federation.metrics import Metrics
-    from federation.repository import Repository
-    from federation.store import Store
-    from protos.channel import serve, server_options
-    from protos.signed import RoundDocument
-
-    now = datetime.now(UTC)
-    keys = generate(folder / "keys", (*ROOT_NAMES, *ADAPTER_NAMES, ONLINE_NAME))
-    repository = Repository.create(
-        folder / "repository",
-        root_keys=keys.signers("root-"),
-        adapter_keys=keys.signers("adapters-"),
-        online=keys.signer(ONLINE_NAME),
-        now=now,
-    )
-    store = Store.open(folder / "fleet.sqlite")
-    feed, metrics = Feed(repository.bundle), Metrics()
-    calls = [0]
-
-    class Service(FleetService):
-        async def _admit(self, context: Any) -> tuple[str, str]:
-            calls[0] += 1
-            if tls:
-                return await super()._admit(context)
-            return "device", "serial"  # without TLS nobody says who it is
-
-    class Open(Fleet):
-        def admits(self, device_id: str, serial: str) -> bool:
-            known = super().admits(device_id, serial)
-            return known if tls else True
-
-    chunks = ChunkCache(lambda path: folder / path, lambda: None)
-    service = Service(Open(store), feed, chunks, metrics, lambda: None, heartbeat=600.0)
-    server: Any
-    if tls:
-        authority = open_authority(folder / "authority", now)
-        settings = server_tls(authority, folder / "authority", now, clients=True)
-        server = await serve("127.0.0.1", 0, settings, service.register, [FLEET])
-        port = server.port
-    else:
-        server = grpc.aio.server(options=server_options())
-        service.register(server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-    loop = asyncio.get_running_loop()
-    answer(port=port)
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        if json.loads(line)["do"] == "round":
-            before, sequence = calls[0], repository.round().sequence + 1
-            start = time.monotonic()
-            repository.publish_round(
-                RoundDocument(sequence=sequence, rollout=f"r{sequence}", salt="s"), now=now
-            )
-            feed.wake()
-            answer(calls=before, signing=time.monotonic() - start)
-        else:
-            answer(calls=calls[0])
-    feed.close()
-    await server.stop(0)
-
-
-async def serve_files(folder: Path) -> None:
-    from federation.mirror import FolderShelf
-    from federation.mirror_server import MirrorServer
-
-    server = MirrorServer(FolderShelf(folder), connections=20_000)
-    await server.start("127.0.0.1", 0)
-    answer(port=server.port)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-    await server.stop()
-
-
-def answer(**words: Any) -> None:
-    sys.stdout.write(json.dumps(words) + "\n")
-    sys.stdout.flush()
 
 
 # --- the measurement ------------------------------------------------------------------------------
@@ -225,7 +137,7 @@ def measure_fleet(folder: Path, devices: int, tls: bool, payload: bytes) -> dict
     if tls:
         certificates(folder, devices)
     (folder / "payload").write_bytes(payload)
-    server = Child(__file__, "--serve", "tls" if tls else "plain", "--folder", str(folder))
+    server = Child(SERVERS, "tls" if tls else "plain", str(folder))
     port = int(server.hear()["port"])
     crowd = crowd_of(devices)
     where = str(folder / "devices") if tls else ""
@@ -275,7 +187,7 @@ def file_server(folder: Path) -> Iterator[tuple[str, int, Any]]:
     """Nginx if there is one, else our own; its name, port, and a meter of its CPU seconds."""
     nginx = shutil.which("nginx")
     if nginx is None:
-        child = Child(__file__, "--serve", "files", "--folder", str(folder))
+        child = Child(SERVERS, "files", str(folder))
         yield "airpeft mirror (sendfile; nginx is not installed)", child.hear()["port"], child.cpu
         child.end()
         return
@@ -284,8 +196,10 @@ def file_server(folder: Path) -> Iterator[tuple[str, int, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    user = "user root; " if os.geteuid() == 0 else ""  # else it may not read our folder
     (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;\n"
+        f"{user}daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;\n"
+        "worker_processes 1;\n"
         "events { worker_connections 16384; }\nworker_rlimit_nofile 20000;\n"
         f"http {{ access_log off; sendfile on; server {{ listen 127.0.0.1:{port} backlog=4096;"
         f" root {folder}; }} }}\n"
@@ -335,17 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=5000)
     parser.add_argument("--only", choices=["plain", "tls", "files"])
-    parser.add_argument("--serve", choices=["plain", "tls", "files"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 20_000)), hard))
-    if options.serve == "files":
-        asyncio.run(serve_files(options.folder))
-        return
-    if options.serve:
-        asyncio.run(serve_fleet(options.folder, options.serve == "tls"))
-        return
+    many_files()
     payload, devices = os.urandom(MEGABYTE), options.devices
     print(f"{devices} devices, {MEGABYTE / 1e6:g} MB each; CPU seconds are the server's")
     for name, tls in (("plain", False), ("mutual TLS", True)):

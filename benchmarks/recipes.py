@@ -4,7 +4,7 @@ Run: ``python benchmarks/recipes.py`` (about a quarter of an hour on two idle co
 two minutes for a look at the table; ``--json FILE`` keeps every single run, and the same command
 goes on where it was interrupted).
 
-Ten clients with very different classes and sizes (Dirichlet 0.3) train MiniLM's two upper layers on
+Ten clients with very different classes and sizes (Dirichlet 0.3) train MiniLM's upper layer on
 3,200 sentences. Recipes that take mixed ranks have clients of rank 4, 8 and 16; the others have
 rank 8 everywhere, and the table says which. Each recipe gets the learning rate of the factors, out
 of three, that did best on a partition of its own (another seed), which is not in the table. The
@@ -47,6 +47,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (1, 2, 3)
 TUNING_SEED = 100
 SCENARIO: dict[str, Any] = {
+    "name": "recipes",
     "data": {"dataset": "sentiment", "rows": 4000, "heldout": 0.2},
     "partition": {"scheme": "dirichlet", "alpha": 0.3, "clients": 10, "min_examples": 40},
     "train": {

@@ -66,7 +66,8 @@ class Feed:
     def __init__(self, bundle: Callable[[int], MetadataBundle]) -> None:
         self._bundle = bundle
         self._ready: dict[int, bytes] = {}
-        self.change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.turn = 0  # counts the calls of wake
+        self._waiting: set[asyncio.Future[None]] = set()
         self.closed = False
         self.version = 0  # of the timestamp in what was read last
 
@@ -85,21 +86,38 @@ class Feed:
     def wake(self) -> None:
         """Something may have changed: let every waiting stream look."""
         self._ready.clear()
-        waiting, self.change = self.change, asyncio.get_running_loop().create_future()
-        waiting.set_result(None)
+        self.turn += 1
+        waiting, self._waiting = self._waiting, set()
+        for one in waiting:
+            _end(one)
 
     def close(self) -> None:
         """The server is about to stop: let every stream end."""
         self.closed = True
         self.wake()
 
-    async def wait(self, change: asyncio.Future[None], timeout: float) -> None:
-        """Until the :meth:`wake` after ``change`` was current, or for ``timeout`` seconds.
+    async def wait(self, turn: int, timeout: float) -> None:
+        """Until the :meth:`wake` after ``turn`` was current, or for ``timeout`` seconds.
 
-        Whoever takes :attr:`change` before reading what is current misses nothing, however long
-        the writing of it takes.
+        Whoever takes :attr:`turn` before reading what is current misses nothing, however long the
+        writing of it takes. Thousands wait here for hours: each holds one future and one timer.
         """
-        await asyncio.wait([change], timeout=timeout)
+        if turn != self.turn:
+            return
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(timeout, _end, waiter)
+        self._waiting.add(waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._waiting.discard(waiter)
+
+
+def _end(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class FleetService:
@@ -167,15 +185,13 @@ class FleetService:
         """Metadata now, at every change, and heartbeats in between."""
         device, serial = await self._admit(context)
         request = await request_of(context, pb.WatchRequest, self._request)
-        sent = b""
-        self._sent(device, request.timestamp_version)
-        with (
-            self._metrics.streams.track_inprogress(),
-            self._fleet.connected(device, request.timestamp_version),
-        ):
+        root, version, sent = request.root_version, request.timestamp_version, b""
+        del request  # a stream idles for hours
+        self._sent(device, version)
+        with self._metrics.streams.track_inprogress(), self._fleet.connected(device, version):
             while True:
-                change = self._feed.change
-                newest = self._feed.current(request.root_version)
+                turn = self._feed.turn
+                newest = self._feed.current(root)
                 if newest != sent:
                     await self._write(context, newest)
                     self._metrics.bundles.inc()
@@ -183,7 +199,7 @@ class FleetService:
                     sent = newest
                 else:
                     await self._write(context, _heartbeat())
-                await self._feed.wait(change, self._heartbeat)
+                await self._feed.wait(turn, self._heartbeat)
                 if self._feed.closed:
                     await context.abort(Code.UNAVAILABLE, "the server is stopping: come back")
                 if not self._fleet.admits(device, serial):
@@ -265,15 +281,20 @@ class FleetService:
         if offset > file.length:
             detail = f"offset {offset} is beyond {file.length}"
             raise Refused(Refusal.OUT_OF_RANGE, Code.OUT_OF_RANGE, detail)
-        now = asyncio.get_running_loop().time
+        now, sent = asyncio.get_running_loop().time, 0
+        renewed = now()
         try:
             async with asyncio.timeout(self._stall) as patience:
                 for message in file.after(offset):
                     await context.write(message)
-                    patience.reschedule(now() + self._stall)
-                    self._metrics.fetched.inc(len(message))
+                    sent += len(message)
+                    if (moment := now()) > renewed + self._stall / 8:  # a timer a chunk is dear
+                        renewed = moment
+                        patience.reschedule(moment + self._stall)
         except TimeoutError:
             raise self._unread() from None
+        finally:
+            self._metrics.fetched.inc(sent)
         return "complete"
 
     async def report(self, context: Context) -> bytes:

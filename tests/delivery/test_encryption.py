@@ -30,7 +30,7 @@ from clients.renewal import Keeper
 from clients.slots import SlotRecord, Slots
 from clients.sources import open_sources
 from clients.trust import SignedRelease
-from federation import release
+from federation import chunks, release
 from federation.authority import spki
 from federation.enrolment import EnrolmentError
 from federation.mirror import FolderShelf, export_mirror
@@ -277,8 +277,9 @@ def test_the_carrier_is_to_blame_for_other_bytes_and_not_the_release(fleet: Secr
 
 
 def test_killed_in_the_middle_of_a_download_it_goes_on_and_nothing_readable_was_left(
-    fleet: SecretFleet,
+    fleet: SecretFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 64 * 1024)
     home, record = fleet.enrol("kitchen"), fleet.publish()
     fleet.gateway.stop()
     fleet.gateway.cut_after, fleet.gateway.hang = 1, True
