@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import random
 import time
@@ -36,13 +35,14 @@ from federation.calls import (
 from federation.chunks import ChunkCache
 from federation.content_keys import ContentKeys
 from federation.enrolment_call import ENROLMENT, EnrolmentService
+from federation.feed import Feed
 from federation.fleet import Fleet, UnknownDeviceError
 from federation.metrics import Metrics
 from federation.published import NotFoundError
 from federation.reports import ReportError, ReportReason
 from federation.wrap_shelf import WrapShelf
 from protos.generated import fleet_pb2 as pb
-from protos.messages import Heartbeat, MetadataBundle, ReportAck, to_wire
+from protos.messages import Heartbeat, ReportAck, to_wire
 
 __all__ = ["ENROLMENT", "FLEET", "EnrolmentService", "Feed", "FleetService"]
 
@@ -54,70 +54,6 @@ WAITING = 8  # times as many may wait for a place, for
 PATIENCE = 15.0  # seconds: half of the silence that a device bears with
 
 log = logging.getLogger("airpeft.federation.broadcast")
-
-
-class Feed:
-    """The newest metadata, and a way to wait for newer. For one event loop.
-
-    Args:
-        bundle: reads the newest, given the highest root that a device trusts.
-    """
-
-    def __init__(self, bundle: Callable[[int], MetadataBundle]) -> None:
-        self._bundle = bundle
-        self._ready: dict[int, bytes] = {}
-        self.turn = 0  # counts the calls of wake
-        self._waiting: set[asyncio.Future[None]] = set()
-        self.closed = False
-        self.version = 0  # of the timestamp in what was read last
-
-    def current(self, root_version: int) -> bytes:
-        """The serialised event; equal versions share one object."""
-        files = self._ready.get(root_version)
-        if files is None:
-            if len(self._ready) >= 64:  # a device may claim any number
-                self._ready.clear()
-            bundle = self._bundle(root_version)
-            self.version = _version_of(bundle)
-            files = to_wire(bundle).SerializeToString()
-            self._ready[root_version] = files
-        return files
-
-    def wake(self) -> None:
-        """Something may have changed: let every waiting stream look."""
-        self._ready.clear()
-        self.turn += 1
-        waiting, self._waiting = self._waiting, set()
-        for one in waiting:
-            _end(one)
-
-    def close(self) -> None:
-        """The server is about to stop: let every stream end."""
-        self.closed = True
-        self.wake()
-
-    async def wait(self, turn: int, timeout: float) -> None:
-        """Until the :meth:`wake` after ``turn`` was current, or for ``timeout`` seconds.
-
-        Whoever takes :attr:`turn` before reading what is current misses nothing, however long the
-        writing of it takes. Thousands wait here for hours: each holds one future and one timer.
-        """
-        if turn != self.turn:
-            return
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[None] = loop.create_future()
-        timer = loop.call_later(timeout, _end, waiter)
-        self._waiting.add(waiter)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-            self._waiting.discard(waiter)
-
-
-def _end(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 class FleetService:
@@ -344,13 +280,6 @@ class FleetService:
             if not self._fleet.admits(device, serial):
                 raise _denied(device)
         return device, serial
-
-
-def _version_of(bundle: MetadataBundle) -> int:
-    try:
-        return int(json.loads(bundle.files["timestamp.json"])["signed"]["version"])
-    except (KeyError, TypeError, ValueError):
-        return 0
 
 
 def _denied(device: str) -> Refused:
