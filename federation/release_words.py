@@ -62,7 +62,8 @@ def _weights(sizes: dict[str, int]) -> str:
 def _readers(readers: dict[str, Any]) -> str:
     """Who can read an encrypted release, for people."""
     lacking = readers["lacking"]
-    said = f"{readers['devices']} enrolled devices"
+    count = readers["devices"]
+    said = f"{count} enrolled device{'' if count == 1 else 's'}"
     if lacking:
         said += f"; without an encryption key yet: {', '.join(lacking[:5])}"
         said += ", ..." if len(lacking) > 5 else ""
