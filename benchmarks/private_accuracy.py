@@ -1,6 +1,6 @@
 """What privacy costs in accuracy on the real task, and which lever buys how much of it back.
 
-Run: ``python benchmarks/private_accuracy.py`` (about forty minutes on two idle cores;
+Run: ``python benchmarks/private_accuracy.py`` (about three quarters of an hour on two cores;
 ``--quick`` in three for a look at the tables; ``--json FILE`` keeps every single run, and the same
 command goes on where it was interrupted; ``--figure FILE`` draws; ``--rows`` and ``--seeds`` for
 longer settings).
