@@ -28,6 +28,8 @@ def start(world: Path, out: Path, *more: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
         start_new_session=True,
+        # Where the tests run in the background, Ctrl-C is ignored, and that would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -74,7 +76,7 @@ def test_any_number_of_workers_gives_the_same_adapter(world: Path, tmp_path: Pat
 def test_no_worker_outlives_the_run_and_the_run_goes_on(
     world: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    rounds = ["--set", "federation.rounds=60"]  # so many that some are left after the signal
+    rounds = ["--set", "federation.rounds=30"]
     process = start(world, tmp_path / "run", "--workers", "2", *rounds)
     try:
         until(lambda: rounds_done(tmp_path / "run") >= 2, 120, what="a round")
@@ -88,7 +90,7 @@ def test_no_worker_outlives_the_run_and_the_run_goes_on(
     if how is signal.SIGINT:
         assert process.returncode == 3
         assert "the same command goes on" in errors
-    scenario = world_scenario(world, "federation.rounds=60")
+    scenario = world_scenario(world, "federation.rounds=30")
     whole = simulate(scenario, tmp_path / "whole")
     if how is signal.SIGKILL:  # once by the command, once by the call: it is the same
         assert simulate(scenario, tmp_path / "run").adapter.digest == whole.adapter.digest
