@@ -76,7 +76,22 @@ class SecureSum(Piece):
 
 
 @dataclass(frozen=True)
-class SecureClientDp(CentralPiece):
+class _Masked(CentralPiece):
+    """What pieces of client-level privacy under a secure sum have in common."""
+
+    secure = True
+    bits: int = 32
+    dropouts: float = 0.3
+    corrupt: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FixedPoint(self.clip, 3, 1.0, self.bits)
+        _check_shares(self.kind, self.dropouts, self.corrupt)
+
+
+@dataclass(frozen=True)
+class SecureClientDp(_Masked):
     """Private: client-dp whose server sees the sum only: masks first, noise after unmasking.
 
     Each client clips what it sends by itself, since nobody else sees it, and rounds it towards
@@ -98,19 +113,10 @@ class SecureClientDp(CentralPiece):
     """
 
     kind = "secure-client-dp"
-    secure = True
-    bits: int = 32
-    dropouts: float = 0.3
-    corrupt: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        FixedPoint(self.clip, 3, 1.0, self.bits)
-        _check_shares(self.kind, self.dropouts, self.corrupt)
 
 
 @dataclass(frozen=True)
-class SecureClientDdp(CentralPiece):
+class SecureClientDdp(_Masked):
     """Private: client-dp whose noise the clients add, in shares, so that no sum is ever clean.
 
     The distributed discrete Gaussian mechanism (Kairouz, Liu and Steinke 2021, 2102.06387), without
@@ -136,15 +142,6 @@ class SecureClientDdp(CentralPiece):
     """
 
     kind = "secure-client-ddp"
-    secure = True
-    bits: int = 32
-    dropouts: float = 0.3
-    corrupt: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        FixedPoint(self.clip, 3, 1.0, self.bits)
-        _check_shares(self.kind, self.dropouts, self.corrupt)
 
     def open(self, state: GlobalState, assignment: Assignment, noise: Noise | None) -> SharedSum:
         """A sum for one round, which comes with its noise; arguments as for the base class."""

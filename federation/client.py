@@ -7,82 +7,20 @@ with OperatorClient.of_home(Path("fleet")) as operator:
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlencode
 
-import httpx
+from federation.operator_link import OperatorError, OperatorLink
 
-from federation.errors import FederationError
-from federation.homes import endpoint_files
+__all__ = ["OperatorClient", "OperatorError"]
 
 FINAL = frozenset({"done", "rolled_back", "aborted", "paused", "draft", "awaiting_approval"})
 
 
-class OperatorError(FederationError):
-    """The server answered no, or not at all. ``status`` is the HTTP status, 0 without an answer."""
-
-    def __init__(self, message: str, status: int = 0, code: str = "") -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-
-
-class OperatorClient:
-    """A connection to one server.
-
-    Args:
-        url: such as ``http://127.0.0.1:8443``.
-        token: the operator's.
-        timeout: seconds for each call.
-    """
-
-    def __init__(self, url: str, token: str, *, timeout: float = 60.0) -> None:
-        self.url = url.rstrip("/")
-        # Loopback, or an address the operator gave: proxies of the environment have no part in it.
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=timeout,
-            trust_env=False,
-        )
-
-    @classmethod
-    def of_home(cls, home: Path) -> OperatorClient:
-        """For a server on this machine, by its home folder.
-
-        Raises:
-            OperatorError: the server isn't running, or its token file is gone.
-        """
-        address = _served_at(home)
-        try:
-            token = (home / "admin.token").read_text().strip()
-        except OSError as error:
-            raise OperatorError(
-                f"cannot read the operator's token {home / 'admin.token'}: {error.strerror};"
-                " give --url and --token-file instead"
-            ) from error
-        return cls(address, token)
-
-    def __enter__(self) -> OperatorClient:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._http.close()
+class OperatorClient(OperatorLink):
+    """What an operator may ask of one server; made as its base says."""
 
     def health(self) -> dict[str, Any]:
         """``{"status": "serving", "trouble": ""}``."""
@@ -326,60 +264,8 @@ class OperatorClient:
         """The server's metrics in Prometheus' text format."""
         return self._send("GET", "/metrics", None).text
 
-    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        return dict(self._send(method, path, body).json())
-
-    def _list(self, path: str) -> list[dict[str, Any]]:
-        return list(self._send("GET", path, None).json())
-
-    def _send(self, method: str, path: str, body: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, json=body)
-        except httpx.HTTPError as error:
-            raise OperatorError(
-                f"no answer from {self.url}: {error or type(error).__name__}; is the server"
-                " running? start it with: airpeft server --home DIR"
-            ) from error
-        if answer.is_success:
-            return answer
-        raise _refusal(answer)
-
 
 def _query(**given: Any) -> str:
     """A query string of what is given; a list is repeated."""
     kept = {name: value for name, value in given.items() if value not in (None, "", [])}
     return f"?{urlencode(kept, doseq=True)}" if kept else ""
-
-
-def _refusal(answer: httpx.Response) -> OperatorError:
-    try:
-        document = answer.json()
-        error = document.get("error", {})
-        message, code = error.get("message", ""), str(error.get("code", ""))
-    except (ValueError, AttributeError, TypeError, KeyError):
-        message, code = answer.text[:500], ""
-    return OperatorError(message or f"HTTP {answer.status_code}", answer.status_code, code)
-
-
-def _served_at(home: Path) -> str:
-    """Address of the server of a home; of the first gateway that answers, where there are some.
-
-    Raises:
-        OperatorError: none is running there.
-    """
-    files = endpoint_files(home)
-    addresses = []
-    for path in files:
-        try:
-            addresses.append(f"http://{json.loads(path.read_bytes())['api']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OperatorError(f"cannot read {path}: {error}") from error
-    for address in addresses[:-1]:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{address}/v1/health", timeout=5.0, trust_env=False).is_success:
-                return address
-    if addresses:
-        return addresses[-1]
-    raise OperatorError(
-        f"no server is running in {home}: start it with: airpeft server --home {home}"
-    )
