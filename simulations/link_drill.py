@@ -82,7 +82,10 @@ class DrillResult:
 
 @dataclass
 class Link:
-    """A TCP proxy to the server; cuts once, when so many bytes came down one connection.
+    """A TCP proxy to the server; cuts once, when so many bytes came down it.
+
+    They are counted over all connections: a download that a killed server broke goes on in the next
+    one, which alone may be too short to reach the cut.
 
     Attributes:
         target: the server's port.
@@ -130,13 +133,11 @@ class Link:
         _end(near, far)
 
     def _down(self, far: socket.socket, near: socket.socket) -> None:
-        passed = 0
         with contextlib.suppress(OSError):
             while data := far.recv(65536):
-                passed += len(data)
                 self.down += len(data)
                 near.sendall(data)
-                if self.cut_after is not None and passed > self.cut_after:
+                if self.cut_after is not None and self.down > self.cut_after:
                     self.cut_after, self.cuts = None, self.cuts + 1
                     break
         _end(near, far)
