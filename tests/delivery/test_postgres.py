@@ -16,8 +16,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from aggregation.durable import StorageError
-from federation import cli, postgres, turns
-from federation import store as tables
+from federation import cli, postgres, tables, turns
 from federation.client import OperatorClient, OperatorError
 from federation.folder_lock import FolderLock
 from federation.moving import MovingError, check_not_moved, move_in
