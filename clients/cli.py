@@ -55,7 +55,7 @@ def enrol(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Get this device's certificate, for a one-time token or for an authorised key."""
-    from clients.device import enrol_device
+    from clients.device_enrolment import enrol_device
 
     with _errors():
         who = enrol_device(home, bundle, base=base)
@@ -101,14 +101,15 @@ def run(
 
     Settings may also stand in HOME/device.toml or in AIRPEFT_DEVICE_... variables.
     """
-    from clients import device as process
+    from clients import signals
+    from clients.device import run_device
     from clients.device_settings import DeviceSettings
 
     stop = threading.Event()
-    process.stop_on_signals(stop)
+    signals.stop_on_signals(stop)
     with _errors():
         if die_with_parent:
-            process.die_with_parent()
+            signals.die_with_parent()
         flags = {
             "base": base,
             "heldout": heldout,
@@ -122,7 +123,7 @@ def run(
         settings = DeviceSettings.read(home, flags)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("airpeft").setLevel(settings.log_level)
-        process.run_device(home, settings, stop=stop, ready=_say_ready)
+        run_device(home, settings, stop=stop, ready=_say_ready)
 
 
 @device.command(epilog="Example: airpeft device status --home ./device-1 --format json")
