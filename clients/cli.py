@@ -12,11 +12,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from aggregation.output import AsFormat, Format, envelope
 
 device = typer.Typer(
     name="device",
@@ -31,18 +32,6 @@ device = typer.Typer(
 Home = Annotated[Path, typer.Option("--home", help="The device's home folder.")]
 
 
-class Format(StrEnum):
-    """How a result is shown."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-FormatOption = Annotated[
-    Format, typer.Option("--format", help="table for people, json for programs.")
-]
-
-
 @device.command(
     epilog="Example: airpeft device enrol enrol.json --home ./device-1 --base minilm",
 )
@@ -52,7 +41,7 @@ def enrol(
     ],
     home: Home,
     base: Annotated[str, typer.Option(help="Base model: a known name or a folder.")] = "minilm",
-    output: FormatOption = Format.TABLE,
+    output: AsFormat = Format.TABLE,
 ) -> None:
     """Get this device's certificate, for a one-time token or for an authorised key."""
     from clients.device_enrolment import enrol_device
@@ -127,7 +116,7 @@ def run(
 
 
 @device.command(epilog="Example: airpeft device status --home ./device-1 --format json")
-def status(home: Home, output: FormatOption = Format.TABLE) -> None:
+def status(home: Home, output: AsFormat = Format.TABLE) -> None:
     """Show what serves, and whether the fleet is reached."""
     from clients.device import read_status
 
@@ -143,7 +132,7 @@ def _say_ready(url: str) -> None:
 
 def _show(schema: str, data: dict[str, Any], output: Format) -> None:
     if output is Format.JSON:
-        typer.echo(json.dumps({"schema": f"airpeft.v1.{schema}", "data": data}, sort_keys=True))
+        typer.echo(json.dumps(envelope(schema, data), sort_keys=True))
         return
     width = max(len(key) for key in data)
     for key, value in data.items():

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aggregation.output import envelope
 from federation import rollout_options as options
 from federation.errors import FederationError
 from federation.policy import Policy
@@ -233,7 +234,7 @@ def rollout_watch(
     def seen(one: dict[str, Any]) -> None:
         nonlocal said
         if format is Format.JSON:
-            typer.echo(json.dumps({"schema": "airpeft.v1.rollout", "data": one}))
+            typer.echo(json.dumps(envelope("rollout", one)))
         elif (line := progress(one)) != said:
             said = line
             typer.echo(f"{at(one['updated'])} {line}")
