@@ -29,6 +29,7 @@ from federation.shown import (
     TokenFile,
     Url,
     Why,
+    Yes,
     at,
     call_operator,
     confirm,
@@ -54,7 +55,6 @@ Where = Annotated[
     str,
     typer.Option("--where", help='List only these devices, as: tag.site == "north"'),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do it without being asked.")]
 
 
 def _plan_or_start(start: bool) -> None:

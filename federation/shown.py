@@ -32,6 +32,7 @@ __all__ = [
     "TokenFile",
     "Url",
     "Why",
+    "Yes",
     "ago",
     "at",
     "call_operator",
@@ -58,6 +59,7 @@ TokenFile = Annotated[
     typer.Option(help="Operator's token, with --url.", envvar="AIRPEFT_OPERATOR_TOKEN_FILE"),
 ]
 Why = Annotated[str, typer.Option(help="Your words for the audit log.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it without being asked.")]
 HERE = Path("fleet-server")
 
 
