@@ -50,7 +50,8 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     if not rows:
         typer.echo("nothing yet")
         return
-    typer.echo(table(columns, rows))
+    texts = [[str(cell) for cell in row] for row in rows]
+    typer.echo(table(columns, texts))
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:
