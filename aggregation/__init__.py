@@ -26,6 +26,6 @@ refactor             ``refactoring`` ``folding`` ``ridge`` ``thin_qr``
 distribute           ``distributing`` ``sparse`` ``beside``
 one aggregation      ``combining`` ``admission`` ``update`` ``state`` ``report``
 by hand, off line    ``offline`` ``offline_clients`` ``offline_folders`` ``cli`` ``recipes_cli``
-everywhere           ``durable`` ``errors``
+everywhere           ``durable`` ``errors`` ``output``
 ==================== ===============================================================================
 """

@@ -7,28 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aggregation.output import AsFormat, Format, show_json, table
+
 if TYPE_CHECKING:
     from aggregation.offline import Combined, Members
 
 aggregate = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-class Format(StrEnum):
-    """How a result is shown."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-FormatOption = Annotated[
-    Format, typer.Option("--format", help="table for people, json for programs.")
-]
 
 
 @aggregate.command(
@@ -68,7 +57,7 @@ def aggregate_folders(
     base_name: Annotated[
         str | None, typer.Option(help="Public name of the base in the result's configuration.")
     ] = None,
-    output: FormatOption = Format.TABLE,
+    output: AsFormat = Format.TABLE,
 ) -> None:
     """Combine PEFT adapter folders off line, by a recipe.
 
@@ -192,7 +181,7 @@ def _show(out: Path, said: dict[str, Any], combined: Combined) -> None:
         for name, module in said["modules"].items()
     ]
     columns = ["module", "rank", "energy", "error", "residual rank", "error with residual"]
-    _show_table([*columns, "bytes", "residual bytes"], rows)
+    typer.echo(table([*columns, "bytes", "residual bytes"], rows))
     typer.echo(
         f"\n{said['recipe']} of {len(said['folders'])} adapters ({said['bytes_in']} bytes): "
         f"energy {said['energy']:.4f}, error {said['error']:.2e} against the exact mean"
@@ -201,16 +190,3 @@ def _show(out: Path, said: dict[str, Any], combined: Combined) -> None:
     for index, adapter in enumerate(combined.residual):
         folder = out / (f"residual-{index + 1}" if index else "residual")
         typer.echo(f"{folder}: {adapter.nbytes} bytes, to be loaded beside it")
-
-
-def show_json(thing: str, data: Any) -> None:
-    """Print a versioned envelope."""
-    typer.echo(json.dumps({"schema": f"airpeft.v1.{thing}", "data": data}, indent=2))
-
-
-def _show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
-    for row in [list(columns), *texts]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        typer.echo("  ".join(cells).rstrip())

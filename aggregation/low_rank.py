@@ -90,7 +90,11 @@ class LowRank:
         return self + -other
 
     def inner(self, other: LowRank) -> float:
-        """The Frobenius inner product <self, other>, by the Gram trick: O(R R' (d_out + d_in))."""
+        """The Frobenius inner product <self, other>, by the Gram trick: O(R R' (d_out + d_in)).
+
+        Raises:
+            AggregationError: their shapes differ.
+        """
         if self.shape != other.shape:
             raise AggregationError(f"no inner product between {self.shape} and {other.shape}")
         return float(np.sum((other.B.T @ self.B) * (other.A @ self.A.T)))

@@ -158,7 +158,11 @@ def file_key(spec: AdapterSpec, key: str) -> str:
 
 
 def key_in_file(peft_type: str, name: str) -> str:
-    """The inverse of :func:`file_key`."""
+    """The inverse of :func:`file_key`.
+
+    Raises:
+        SpecError: no file of this type has such a tensor.
+    """
     if peft_type not in PROMPTS:
         return name
     if name == _FILE_PROMPT:

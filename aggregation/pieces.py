@@ -75,6 +75,3 @@ class FactorNoise(Piece):
             "spent adds up over all tensors; it is a control: for privacy choose fedsvd or "
             "ffa-lora with [privacy]"
         )
-
-
-Private = NoPrivacy | FactorNoise

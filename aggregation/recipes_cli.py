@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aggregation.cli import Format, FormatOption, show_json
+from aggregation.output import AsFormat, Format, show_json
 
 if TYPE_CHECKING:
     from aggregation.recipe import Recipe
@@ -23,7 +23,7 @@ recipes = typer.Typer(add_completion=False, rich_markup_mode=None)
 )
 def list_recipes(
     name: Annotated[str | None, typer.Argument(help="Show one, with what its pieces do.")] = None,
-    output: FormatOption = Format.TABLE,
+    output: AsFormat = Format.TABLE,
 ) -> None:
     """List the recipes by name, with what each promises and costs; or show one of them."""
     from aggregation.errors import AggregationError

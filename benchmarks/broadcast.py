@@ -78,7 +78,7 @@ def certificates(folder: Path, count: int) -> None:
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from federation import store as tables
+    from federation import tables
     from federation.authority import open_authority
     from federation.store import Store
 

@@ -30,17 +30,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from _private_ways import Step, Subject, Ways
 from _smollm2 import folder, language_model
-from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor
 
 from aggregation.init import initial_adapter
@@ -51,32 +48,12 @@ from clients.base import find_base
 from clients.loop import LocalRound
 from clients.training import TrainingPlan
 from clients.trunk import CACHE_BYTES, TrunkCache
-from privacy.local import PrivateSgd
-from privacy.per_example import HOOKS, choose
-from privacy.randomness import Stream, seeded_key
+from privacy.per_example import choose
+from privacy.randomness import seeded_key
 from simulations.datasets import load
 
 PLAN = TrainingPlan(sample_rate=0.1, steps=5, learning_rate=5e-4, head_learning_rate=0.1)
-CLIP, SIGMA = 1.0, 0.9
 STEPS = 3  # of one way before the next has its turn; the first of them warms up
-Step = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One batch on one model.
-
-    Attributes:
-        model: with its adapter.
-        optimizer: makes one over what trains.
-        losses: for each part of the batch, the loss of each of its examples.
-        rows: examples in the batch.
-    """
-
-    model: Any
-    optimizer: Callable[[], torch.optim.Optimizer]
-    losses: Callable[[], Iterator[Tensor]]
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -146,100 +123,6 @@ def works() -> tuple[Work, ...]:
         Work("MiniLM, all 6 layers", 1.15, 0.2, lambda: minilm(6, 32, trunk=False)),
         Work(f"SmolLM2-135M, {weights}", 1.2, 0.5, lambda: smollm2(8, 32), steps=2),
     )
-
-
-@dataclass(frozen=True)
-class Ways:
-    """The ways to make a step on one batch; each is a context that gives a function."""
-
-    subject: Subject
-
-    def all(self) -> dict[str, Callable[[], AbstractContextManager[Step]]]:
-        return {
-            "non-private": self.plain,
-            "ours": self.ours,
-            "ours, hooks": lambda: self.ours(HOOKS),
-            "Opacus hooks": self.hooks,
-            "Opacus ghost": self.ghost,
-        }
-
-    def plain(self) -> AbstractContextManager[Step]:
-        optimizer = self.subject.optimizer()
-
-        def step() -> None:
-            for losses in self.subject.losses():
-                (losses.sum() / self.subject.rows).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return nullcontext(step)
-
-    @contextmanager
-    def ours(self, mode: str | None = None) -> Iterator[Step]:
-        with PrivateSgd(
-            self.subject.model,
-            self.subject.optimizer(),
-            max_grad_norm=CLIP,
-            noise_multiplier=SIGMA,
-            expected_batch=float(self.subject.rows),
-            noise=Stream(seeded_key(2)),
-            mode=mode,
-        ) as private:
-            yield lambda: private.step(self.subject.losses())
-
-    @contextmanager
-    def hooks(self) -> Iterator[Step]:
-        optimizer = DPOptimizer(self.subject.optimizer(), **self._settings())
-        with self._opacus(GradSampleHooks(self.subject.model, loss_reduction="mean")):
-
-            def step() -> None:
-                for losses in self._parts(optimizer):
-                    losses.mean().backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-            yield step
-
-    @contextmanager
-    def ghost(self) -> Iterator[Step]:
-        optimizer = DPOptimizerFastGradientClipping(self.subject.optimizer(), **self._settings())
-        hooks = GradSampleHooksFastGradientClipping(
-            self.subject.model, loss_reduction="mean", max_grad_norm=CLIP
-        )
-        with self._opacus(hooks):
-
-            def step() -> None:
-                for losses in self._parts(optimizer):
-                    DPTensorFastGradientClipping(hooks, optimizer, losses, "mean").backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-            yield step
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "noise_multiplier": SIGMA,
-            "max_grad_norm": CLIP,
-            "expected_batch_size": self.subject.rows,
-            "loss_reduction": "mean",
-        }
-
-    def _parts(self, optimizer: Any) -> Iterator[Tensor]:
-        """The same parts as ours, signalled to Opacus as its BatchMemoryManager does."""
-        left = self.subject.rows
-        for losses in self.subject.losses():
-            left -= len(losses)
-            optimizer.signal_skip_step(do_skip=left > 0)
-            yield losses
-
-    @contextmanager
-    def _opacus(self, hooks: Any) -> Iterator[None]:
-        self.subject.model.train()
-        try:
-            yield
-        finally:
-            hooks.cleanup()
-            self.subject.model.eval()
 
 
 @dataclass

@@ -12,11 +12,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from aggregation.output import AsFormat, Format, envelope
 
 device = typer.Typer(
     name="device",
@@ -31,18 +32,6 @@ device = typer.Typer(
 Home = Annotated[Path, typer.Option("--home", help="The device's home folder.")]
 
 
-class Format(StrEnum):
-    """How a result is shown."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-FormatOption = Annotated[
-    Format, typer.Option("--format", help="table for people, json for programs.")
-]
-
-
 @device.command(
     epilog="Example: airpeft device enrol enrol.json --home ./device-1 --base minilm",
 )
@@ -52,10 +41,10 @@ def enrol(
     ],
     home: Home,
     base: Annotated[str, typer.Option(help="Base model: a known name or a folder.")] = "minilm",
-    output: FormatOption = Format.TABLE,
+    output: AsFormat = Format.TABLE,
 ) -> None:
     """Get this device's certificate, for a one-time token or for an authorised key."""
-    from clients.device import enrol_device
+    from clients.device_enrolment import enrol_device
 
     with _errors():
         who = enrol_device(home, bundle, base=base)
@@ -101,14 +90,15 @@ def run(
 
     Settings may also stand in HOME/device.toml or in AIRPEFT_DEVICE_... variables.
     """
-    from clients import device as process
+    from clients import signals
+    from clients.device import run_device
     from clients.device_settings import DeviceSettings
 
     stop = threading.Event()
-    process.stop_on_signals(stop)
+    signals.stop_on_signals(stop)
     with _errors():
         if die_with_parent:
-            process.die_with_parent()
+            signals.die_with_parent()
         flags = {
             "base": base,
             "heldout": heldout,
@@ -122,11 +112,11 @@ def run(
         settings = DeviceSettings.read(home, flags)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("airpeft").setLevel(settings.log_level)
-        process.run_device(home, settings, stop=stop, ready=_say_ready)
+        run_device(home, settings, stop=stop, ready=_say_ready)
 
 
 @device.command(epilog="Example: airpeft device status --home ./device-1 --format json")
-def status(home: Home, output: FormatOption = Format.TABLE) -> None:
+def status(home: Home, output: AsFormat = Format.TABLE) -> None:
     """Show what serves, and whether the fleet is reached."""
     from clients.device import read_status
 
@@ -142,7 +132,7 @@ def _say_ready(url: str) -> None:
 
 def _show(schema: str, data: dict[str, Any], output: Format) -> None:
     if output is Format.JSON:
-        typer.echo(json.dumps({"schema": f"airpeft.v1.{schema}", "data": data}, sort_keys=True))
+        typer.echo(json.dumps(envelope(schema, data), sort_keys=True))
         return
     width = max(len(key) for key in data)
     for key, value in data.items():

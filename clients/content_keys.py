@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from aggregation import sealed
 from clients.connection import Connection, ConnectionLost, Denied
 from clients.inspection import Refusal
-from clients.slots import SlotRecord
+from clients.slot_record import SlotRecord
 from protos.errors import WireError
 from protos.messages import DeviceEvent, RejectReason
 from protos.recipients import private_key

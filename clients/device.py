@@ -15,79 +15,30 @@ This is the only module that brings an engine and the agent together.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import logging
 import os
 import platform
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from aggregation.durable import StorageError, write_bytes
 from clients import health, identity
-from clients.connection import enrol
 from clients.device_settings import DeviceError, DeviceSettings
 from clients.identity import Identity
-from protos.messages import EnrolRequest
 
 log = logging.getLogger("airpeft.clients.device")
 
-RUNTIME = "torch"
 BUILT_UNIX = 1_761_955_200  # 2025-11-01: no clock is believed to be before this software
 ENDPOINT_FILE = "endpoint.json"
-_PDEATHSIG = 1  # prctl(2)
-
-
-def enrol_device(home: Path, bundle: Path, *, base: str) -> Identity:
-    """Use an enrolment file: make a key, ask for a certificate, keep what comes back.
-
-    The file has a one-time token, or none where an operator has authorised this device's key.
-
-    Asking again with the same file after an interruption is safe: key and token stay the same.
-
-    Args:
-        home: the device's home folder; made if missing.
-        bundle: what ``airpeft fleet token --out`` or ``fleet authorise --out`` wrote.
-        base: base model, for the inventory; it must be there.
-
-    Raises:
-        DeviceError: the file is not an enrolment file, or the device is enrolled already.
-        BaseNotFound: there is no such base model.
-        ConnectionLost: the server cannot be reached.
-        Denied: the token is unknown, used or expired.
-        StorageError: the home folder cannot be written.
-    """
-    from clients.base import find_base
-
-    if (home / identity.FOLDER / "identity.json").exists():
-        raise DeviceError(
-            f"{home} is enrolled as {identity.load(home).device_id}: use another home folder, or "
-            "remove this one to start afresh"
-        )
-    fields = _read_bundle(bundle)
-    digest = find_base(base).digest
-    key = identity.key_of(home)
-    request = EnrolRequest(
-        token=fields["token"],
-        certificate_request=identity.certificate_request(
-            key, encryption_pem=identity.encryption_key_of(home)
-        ),
-        inventory=health.inventory(
-            agent_version=metadata.version("airpeft"), base_digest=digest, runtime=RUNTIME
-        ),
-    )
-    reply = enrol(fields["enrol"], fields["authority_pem"].encode(), request)
-    return identity.save(home, reply, key_pem=key, fleet=fields["fleet"], enrol=fields["enrol"])
 
 
 def run_device(
@@ -283,56 +234,6 @@ def read_status(home: Path) -> dict[str, Any]:
         "adapter": active.adapter_digest if active else "",
         "reports_pending": pending,
     }
-
-
-def stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and SIGINT set the event; to be called in the main thread."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-
-
-def die_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent dies, however it dies.
-
-    Raises:
-        DeviceError: not on Linux, or the parent is gone already.
-    """
-    parent = os.getppid()
-    try:
-        result = ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGTERM)
-    except (AttributeError, OSError):
-        result = -1
-    if result != 0:
-        raise DeviceError(
-            "--die-with-parent needs Linux: leave it out and stop the device yourself"
-        )
-    if os.getppid() != parent:  # it died before the request was in place
-        raise DeviceError("the parent process has ended")
-
-
-def _read_bundle(path: Path) -> dict[str, str]:
-    wanted = ("enrol", "fleet", "authority_pem")
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DeviceError(
-            f"{path}: there is no such file; the operator makes one with "
-            "'airpeft fleet token --out FILE'"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DeviceError(f"{path} is not an enrolment file: {error}") from None
-    missing = [
-        key
-        for key in wanted
-        if not isinstance(document, dict) or not isinstance(document.get(key), str)
-    ]
-    if missing:
-        raise DeviceError(
-            f"{path} is not an enrolment file: {', '.join(missing)} missing; the operator makes "
-            "one with 'airpeft fleet token --out FILE'"
-        )
-    token = document.get("token", "")  # none: the operator has authorised this device's key
-    return {"token": str(token), **{key: document[key] for key in wanted}}
 
 
 @contextmanager

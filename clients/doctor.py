@@ -6,7 +6,6 @@ network, and none loads a model into memory.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from aggregation.output import AsFormat, Format, show_json
 
 MIB = 1 << 20
 HOUR, DAY, YEAR = 3600, 86400, 365 * 86400
@@ -188,7 +189,7 @@ def doctor(
     ports: Annotated[
         list[int] | None, typer.Option("--port", help="A port that must be free; may be repeated.")
     ] = None,
-    output: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    output: AsFormat = Format.TABLE,
 ) -> None:
     """Check this machine, and say what to do.
 
@@ -200,13 +201,11 @@ def doctor(
 
     Exit status: 0 if nothing stands in the way, 1 if a problem was found, 2 for a wrong option.
     """
-    if output not in ("table", "json"):
-        raise typer.BadParameter(f"{output!r} is not table or json", param_hint="--format")
     findings = list(examine(path, base, tuple(ports or ())))
     problems = [f for f in findings if f.status == "problem"]
-    if output == "json":
+    if output is Format.JSON:
         data = {"ok": not problems, "findings": [asdict(f) for f in findings]}
-        typer.echo(json.dumps({"schema": "airpeft.v1.doctor", "data": data}, indent=2))
+        show_json("doctor", data)
     else:
         width = max(len(f.check) for f in findings)
         for f in findings:

@@ -8,7 +8,7 @@ from typing import Any
 from aggregation import guard, payload, sealed
 from aggregation.adapter import Adapter
 from clients.runtime import Runtime
-from clients.slots import SlotRecord
+from clients.slot_record import SlotRecord
 from protos.messages import DeviceEvent, Quality, RejectReason
 
 

@@ -28,21 +28,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aggregation.adapter import Adapter
 from aggregation.durable import StorageError
-from clients.connection import Denied
 from clients.content_keys import ContentKeys, Place
-from clients.download import Download, obtain
-from clients.health import NoSpace, require_space
+from clients.download import Download
+from clients.health import NoSpace
 from clients.health import measure as measure_health
-from clients.inspection import Refusal, open_payload
+from clients.inspection import Refusal
 from clients.install_policy import InstallPolicy, Outcome, Tell
 from clients.link import Backoff
-from clients.partial import PayloadMismatch, is_full
+from clients.partial import is_full
 from clients.probe import SELF_TEST, HeldOut, SelfTestError, latency_of, self_test
 from clients.quality import QualityGate
 from clients.runtime import AdapterVersion, LoadError, RequestError, Runtime
 from clients.slots import SlotDamaged, SlotRecord, Slots
+from clients.staging import Stager
 from clients.watch import NOTHING, HealthWatch, Vitals
 from protos.messages import DeviceEvent, Quality, RejectReason
 
@@ -86,8 +85,17 @@ class Installer:
         self._home, self._slots, self._runtime = home, slots, runtime
         self._tell = tell
         self._gate = QualityGate(runtime, held_out, policy.quality_tolerance)
-        self._policy, self._backoff, self._stop = policy, backoff, stop
-        self._forget, self._keys = forget, keys or ContentKeys()
+        self._policy, self._forget, self._keys = policy, forget, keys or ContentKeys()
+        self._stager = Stager(
+            home,
+            slots=slots,
+            runtime=runtime,
+            keys=self._keys,
+            policy=policy,
+            backoff=backoff,
+            stop=stop,
+            report=self._report,
+        )
         self._texts = held_out.texts if held_out is not None else SELF_TEST
         self._changing = threading.RLock()  # what serves: an install here, a revert by the watch
         self.watch = HealthWatch(
@@ -119,7 +127,7 @@ class Installer:
         """
         try:
             record = self._keys.keyed(record, self._slots.find(record.sha256), places)
-            fetched = self._stage(record, download)
+            fetched = self._stager.stage(record, download)
             if hold():
                 return Outcome.WAITING
             with self._changing:
@@ -166,7 +174,7 @@ class Installer:
                     )
                     break
                 if record is not None:
-                    adapter = self._open(record, self._slots.active_payload())
+                    adapter = self._stager.open(record, self._slots.active_payload())
                     self._runtime.publish(self._runtime.load(adapter, name=record.release))
                 break
             except (SlotDamaged, Refusal, LoadError) as error:
@@ -182,51 +190,6 @@ class Installer:
 
     # --- the steps --------------------------------------------------------------------------------
 
-    def _stage(self, record: SlotRecord, download: Download) -> int:
-        """Fetch, decode and guard; then into the idle slot. The bytes that had to be fetched."""
-        slots = self._slots
-        if slots.state.trial is not None:
-            try:
-                trial = slots.trial()
-                if trial and trial.sha256 == record.sha256 and slots.trial_payload():
-                    return record.length  # an earlier process came this far
-            except SlotDamaged:
-                slots.revert()
-        if slots.holds(record.sha256):
-            data = None
-            self._open(record, slots.idle_payload())
-        else:
-            data = self._obtain(record, download)
-            self._report(record, DeviceEvent.DOWNLOADED, payload_bytes=record.length)
-            self._open(record, data)
-        slots.stage(record, data)
-        self._report(record, DeviceEvent.STAGED)
-        return len(data) if data is not None else 0
-
-    def _obtain(self, record: SlotRecord, download: Download) -> bytes:
-        if record.length > self._policy.max_payload_bytes:
-            raise Refusal(
-                DeviceEvent.REJECTED,
-                RejectReason.GUARD,
-                f"the payload has {record.length} bytes, at most {self._policy.max_payload_bytes}",
-            )
-        partial = self._slots.partial(record.sha256, record.length)
-        require_space(self._home, 2 * record.length - partial.offset)
-        try:
-            tries = self._policy.fetch_tries
-            return obtain(partial, download, backoff=self._backoff, stop=self._stop, tries=tries)
-        except PayloadMismatch as error:
-            # Not the release's fault but its carrier's: an honest one may bring it yet.
-            reason = RejectReason.PAYLOAD_DIGEST
-            raise Refusal(DeviceEvent.REJECTED, reason, str(error), final=False) from error
-        except Denied as error:
-            detail = f"the server does not hand out the payload: {error}"
-            raise Refusal(DeviceEvent.FAILED, None, detail, final=False) from error
-
-    def _open(self, record: SlotRecord, data: bytes) -> Adapter:
-        key = self._keys.open(record) if record.key_check else b""
-        return open_payload(record, data, self._runtime, self._policy.guard, key)
-
     def _try(self, record: SlotRecord, fetched: int, bake_seconds: float) -> Outcome:
         """Load, probe, publish, commit."""
         attempts = self._slots.attempt()
@@ -236,7 +199,7 @@ class Installer:
                 RejectReason.SELF_TEST,
                 f"{attempts - 1} tries of this release did not live to their end",
             )
-        adapter = self._open(record, self._slots.trial_payload())
+        adapter = self._stager.open(record, self._slots.trial_payload())
         older = self._is_older(record)
         # An operator's roll-back must not bounce.
         bake = 0.0 if older else max(bake_seconds, self._policy.watch.seconds)

@@ -38,7 +38,11 @@ class Unanswerable(ClientError):  # noqa: N818 - says what the request is
 
 
 def client_of(node: Mapping[str, Any]) -> str:
-    """The client's stable name."""
+    """The client's stable name.
+
+    Raises:
+        Unanswerable: the node has no name to go by.
+    """
     if "client" in node:
         return str(node["client"])
     if "partition-id" not in node:
@@ -49,7 +53,11 @@ def client_of(node: Mapping[str, Any]) -> str:
 
 
 def data_of(node: Mapping[str, Any], data_folder: str) -> DataSource:
-    """Where the client's examples are."""
+    """Where the client's examples are.
+
+    Raises:
+        Unanswerable: nothing says where, or the file is missing.
+    """
     columns = str(node.get("text", "text")), str(node.get("label", "label"))
     if "data" in node:
         return DataSource(Path(str(node["data"])), *columns)
@@ -100,7 +108,11 @@ def trainer_of(node: Mapping[str, Any], base: str, data_folder: str) -> SecureTr
 
 
 def resident(name: str, ledger: Path, own: bool, threads: int) -> SecureTrainer:
-    """The trainer of this process for a base and a ledger; the model is loaded once."""
+    """The trainer of this process for a base and a ledger; the model is loaded once.
+
+    Raises:
+        Unanswerable: the base is not on this device.
+    """
     from clients.base import KNOWN_BASES, find_base
     from clients.trainer import ResidentTrainer
     from privacy.ledger import Ledger

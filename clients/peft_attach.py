@@ -70,7 +70,11 @@ def read_tensors(peft_model: Any, spec: AdapterSpec) -> Adapter:
 
 
 def parameter_slots(peft_model: Any, spec: AdapterSpec) -> dict[str, Tensor]:
-    """The model's trainable parameters, by their keys in a specification."""
+    """The model's trainable parameters, by their keys in a specification.
+
+    Raises:
+        BaseUnsupported: the model was attached with another specification.
+    """
     slots: dict[str, Tensor] = {}
     for name, parameter in peft_model.named_parameters():
         if ".original_module." not in name:

@@ -99,7 +99,11 @@ class Verification:
         return trusted
 
     def load(self, trusted: TrustedMetadataSet, role: str, delegator: str) -> Any:
-        """Verify one role's targets by the role that delegates to it, as the snapshot lists it."""
+        """Verify one role's targets by the role that delegates to it, as the snapshot lists it.
+
+        Raises:
+            Refused: it is not listed, not to be had, or does not verify.
+        """
         meta = trusted.snapshot.meta.get(f"{role}.json")
         if meta is None:
             raise Refused(RejectReason.METADATA_MALFORMED, f"the snapshot does not list {role}")

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.store import Store
 
 AGAIN = 2.0  # seconds in which the database is not asked twice for the same certificate

@@ -5,30 +5,36 @@ Exit codes: 0 done; 1 refused or failed; 2 bad input.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from aggregation.output import AsFormat as FormatOption
+from aggregation.output import Format, show_json, table
+
+__all__ = [
+    "DryRun",
+    "Format",
+    "FormatOption",
+    "PassphraseFile",
+    "confirm",
+    "errors",
+    "fail",
+    "optional_passphrase",
+    "passphrase",
+    "show_fields",
+    "show_json",
+    "show_table",
+]
+
 PASSPHRASE_VARIABLE = "AIRPEFT_KEY_PASSPHRASE"  # noqa: S105  # the variable's name
 
 
-class Format(StrEnum):
-    """How a result is shown."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-FormatOption = Annotated[
-    Format, typer.Option("--format", help="table for people, json for programs.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and end.")]
 PassphraseFile = Annotated[
     Path | None,
@@ -39,21 +45,13 @@ PassphraseFile = Annotated[
 ]
 
 
-def show_json(thing: str, data: Any) -> None:
-    """One versioned envelope on standard output."""
-    typer.echo(json.dumps({"schema": f"airpeft.v1.{thing}", "data": data}, indent=2))
-
-
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A plain table; whole, however narrow the terminal."""
     if not rows:
         typer.echo("nothing yet")
         return
     texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
-    for row in [list(columns), *texts]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        typer.echo("  ".join(cells).rstrip())
+    typer.echo(table(columns, texts))
 
 
 def show_fields(fields: Mapping[str, Any]) -> None:

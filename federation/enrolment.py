@@ -24,7 +24,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.authority import (
     DEVICE_LIFE,
     Authority,

@@ -147,7 +147,7 @@ class Filter:
         """Whether a device is meant.
 
         Args:
-            facts: what is known of it by field, as :func:`federation.devices.facts` gives it.
+            facts: what is known of it by field, as :func:`federation.facts.facts` gives it.
         """
         return self.term.holds(facts)
 

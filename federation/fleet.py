@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.admitted import Admitted
 from federation.errors import FederationError
 from federation.facts import changed_tags, facts

@@ -21,6 +21,7 @@ from federation.shown import (
     TokenFile,
     Url,
     Why,
+    Yes,
     at,
     call_operator,
     confirm,
@@ -48,7 +49,6 @@ WhereOption = Annotated[
     typer.Option("--where", help='Filter, as: tag.site == "north" and memory_bytes >= 2e9'),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which devices, and end.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Do it without being asked.")]
 
 
 @fleet.command("list", epilog=CODES)

@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.store import Store
 
 KEPT = 400 * 86_400.0  # seconds that versions are remembered

@@ -12,7 +12,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from aggregation import durable
-from federation import store as tables
+from federation import tables
 from federation.errors import FederationError
 from federation.store import Store
 

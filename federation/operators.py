@@ -21,7 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aggregation import durable
-from federation import store as tables
+from federation import tables
 from federation.errors import FederationError
 from federation.store import Store
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.errors import FederationError
 
 _DEVICE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z", re.ASCII)

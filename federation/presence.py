@@ -17,8 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aggregation.durable import StorageError
-from federation import postgres
-from federation import store as tables
+from federation import postgres, tables
 from federation.store import Store
 
 log = logging.getLogger("airpeft.federation.fleet")

@@ -33,7 +33,6 @@ VERSION_FILE = "version.json"
 PRIVACY_FILE = "privacy.json"
 EVALUATION_FILE = "evaluation.json"
 MAX_FILE = 4 << 20
-UNITS = ("example", "client")
 
 
 class ProvenanceError(FederationError):
@@ -110,15 +109,6 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
         except StatementError as error:
             raise ProvenanceError(f"{path}: {error}") from None
     return found
-
-
-def version_document(lineage: Lineage, measured: Evaluation | None) -> dict[str, Any]:
-    """A ``version.json`` for an adapter's folder."""
-    return {
-        "schema": 1,
-        "lineage": lineage.to_custom(),
-        "evaluation": measured.to_custom() if measured else None,
-    }
 
 
 def fingerprint(data: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from aggregation.durable import StorageError
-from federation import store as tables
+from federation import tables
 from federation.orders import Orders
 from federation.repository import PublishError, Repository
 from federation.roles import LIFETIME

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from federation import store as tables
+from federation import tables
 from federation.authority import requested_encryption_key
 from federation.errors import FederationError
 from federation.store import Store

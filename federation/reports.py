@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from federation import store as tables
+from federation import tables
 from federation.errors import FederationError
 from federation.orders import FAILURES
 from protos.errors import WireError

@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.orders import BASE, Target
 from federation.rollout import ACTIVE, Rollout, State
 from federation.store import Store

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aggregation.output import envelope
 from federation import rollout_options as options
 from federation.errors import FederationError
 from federation.policy import Policy
@@ -28,6 +29,7 @@ from federation.shown import (
     TokenFile,
     Url,
     Why,
+    Yes,
     at,
     call_operator,
     confirm,
@@ -53,7 +55,6 @@ Where = Annotated[
     str,
     typer.Option("--where", help='List only these devices, as: tag.site == "north"'),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do it without being asked.")]
 
 
 def _plan_or_start(start: bool) -> None:
@@ -233,7 +234,7 @@ def rollout_watch(
     def seen(one: dict[str, Any]) -> None:
         nonlocal said
         if format is Format.JSON:
-            typer.echo(json.dumps({"schema": "airpeft.v1.rollout", "data": one}))
+            typer.echo(json.dumps(envelope("rollout", one)))
         elif (line := progress(one)) != said:
             said = line
             typer.echo(f"{at(one['updated'])} {line}")

@@ -6,7 +6,7 @@ import hashlib
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.errors import FederationError
 from federation.store import Store
 

@@ -5,33 +5,46 @@ Tables are for people, a versioned envelope is for programs.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aggregation.errors import AggregationError
+from aggregation.output import AsFormat, Format, show_json
 from federation.errors import FederationError
 from protos.errors import WireError
 
 if TYPE_CHECKING:
     from federation.client import OperatorClient
 
+__all__ = [
+    "BAD_INPUT",
+    "HERE",
+    "AsFormat",
+    "Format",
+    "Home",
+    "TokenFile",
+    "Url",
+    "Why",
+    "Yes",
+    "ago",
+    "at",
+    "call_operator",
+    "confirm",
+    "lasting",
+    "plain_errors",
+    "print_table",
+    "show",
+    "size_of",
+]
+
 BAD_INPUT = 2
-
-
-class Format(StrEnum):
-    """What a command prints."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 Home = Annotated[
@@ -45,8 +58,8 @@ TokenFile = Annotated[
     Path | None,
     typer.Option(help="Operator's token, with --url.", envvar="AIRPEFT_OPERATOR_TOKEN_FILE"),
 ]
-AsFormat = Annotated[Format, typer.Option("--format", help="Table for people, JSON for programs.")]
 Why = Annotated[str, typer.Option(help="Your words for the audit log.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it without being asked.")]
 HERE = Path("fleet-server")
 
 
@@ -85,7 +98,7 @@ def call_operator(home: Path, url: str | None, token_file: Path | None) -> Itera
 def show(kind: str, data: Any, format: Format, table: Callable[[], object]) -> None:  # noqa: A002
     """Print ``{"schema": "airpeft.v1.<kind>", "data": ...}``, or the table."""
     if format is Format.JSON:
-        typer.echo(json.dumps({"schema": f"airpeft.v1.{kind}", "data": data}, indent=2))
+        show_json(kind, data)
     else:
         table()
 

@@ -20,8 +20,7 @@ from dataclasses import asdict, replace
 import sqlalchemy as sa
 
 from federation import rollout_book as book
-from federation import store as tables
-from federation import turns
+from federation import tables, turns
 from federation.fleet import Fleet
 from federation.orders import Target
 from federation.planning import Preview, Unreadable, preview

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from federation import store as tables
+from federation import tables
 from federation.store import Store
 from federation.waves import RolloutError
 

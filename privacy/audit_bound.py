@@ -132,6 +132,12 @@ def widest_gap(scores: npt.NDArray[np.float64]) -> float:
     Fair coins put about half of the canaries in. Where a mechanism hides nothing, the scores fall
     into two heaps, and this is between them.
 
+    Args:
+        scores: of the canaries, (m,).
+
+    Raises:
+        AuditError: there are too few to have a middle.
+
     >>> widest_gap(np.array([0.0, 0.1, 0.2, 0.3, 0.4, 5.0, 5.1, 5.2, 5.3, 5.4]))
     2.7
     """

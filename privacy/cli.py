@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from aggregation.output import AsFormat, Format, envelope
+
 EDITED, BAD_INPUT = 1, 2
 
 privacy = typer.Typer(
@@ -25,13 +27,6 @@ privacy = typer.Typer(
     epilog="For example: airpeft privacy plan --epsilon 8 --sample-rate 0.1 --steps 100 "
     "--delta 1e-5",
 )
-
-
-class Format(StrEnum):
-    """What a command prints."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 class AccountantName(StrEnum):
@@ -55,7 +50,6 @@ class NoiseName(StrEnum):
     DISTRIBUTED = "distributed"
 
 
-AsFormat = Annotated[Format, typer.Option("--format", help="Table for people, JSON for programs.")]
 ByAccountant = Annotated[
     AccountantName, typer.Option(help="rdp: a safe bound, fast; pld: tight, slower.")
 ]
@@ -292,8 +286,7 @@ def _show(
     people: Callable[[], Iterable[str]],
 ) -> None:
     if format is Format.JSON:
-        document = {"schema": f"airpeft.v1.privacy-{kind}", "data": data}
-        typer.echo(json.dumps(document, indent=1, allow_nan=False))
+        typer.echo(json.dumps(envelope(f"privacy-{kind}", data), indent=1, allow_nan=False))
     else:
         for line in people():
             typer.echo(line)

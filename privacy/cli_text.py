@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from privacy.budget import Accountant
-from privacy.ledger_report import Report, Row
 from privacy.planning import MOST_ROUNDS, Answer, Plan
 from privacy.tables import table
+
+if TYPE_CHECKING:  # it loads the database's library, which a plan does not need
+    from privacy.ledger_report import Report, Row
 
 MOST_ROWS = 30  # of clients on one screen
 

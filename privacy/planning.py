@@ -131,7 +131,11 @@ class Plan:
             raise BudgetError("--mechanism distributed is counted by Renyi: use --accountant rdp")
 
     def event(self, rounds: int = 1) -> SgdEvent:
-        """Some rounds; the noise must have been given."""
+        """Some rounds; the noise must have been given.
+
+        Raises:
+            BudgetError: the noise is not known yet.
+        """
         if self.noise_multiplier is None:
             raise BudgetError("the noise is not known yet: ask answer()")
         noise = self.noise_multiplier
@@ -272,7 +276,11 @@ def check_accountant(
 
 
 def check_delta(delta: float) -> None:
-    """Refuse a delta that is no probability, or is certain."""
+    """Refuse a delta that is no probability, or is certain.
+
+    Raises:
+        BudgetError: it is not above 0 and below 1.
+    """
     if not 0 < delta < 1:
         raise BudgetError(
             f"--delta {delta:g} must be above 0 and below 1; a good choice is 0.1 / n for n "
@@ -281,7 +289,11 @@ def check_delta(delta: float) -> None:
 
 
 def check_epsilon(epsilon: float) -> None:
-    """Refuse an epsilon that is not a positive number."""
+    """Refuse an epsilon that is not a positive number.
+
+    Raises:
+        BudgetError: it is not finite and above 0.
+    """
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise BudgetError(f"--epsilon {epsilon:g} must be above 0; usual values are 1 to 10")
 

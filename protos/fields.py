@@ -23,7 +23,11 @@ class MissingStart(RecordError):  # noqa: N818 - says what is missing
 
 
 def text(fields: Mapping[str, Any], key: str, limit: int = MAX_TEXT) -> str:
-    """A text field of bounded length."""
+    """A text field of bounded length.
+
+    Raises:
+        RecordError: it is missing, no text, or longer than ``limit`` characters.
+    """
     value = fields.get(key)
     if not isinstance(value, str) or len(value) > limit:
         raise RecordError(f"field {key!r} must be a text of at most {limit} characters")
@@ -31,7 +35,11 @@ def text(fields: Mapping[str, Any], key: str, limit: int = MAX_TEXT) -> str:
 
 
 def name(fields: Mapping[str, Any], key: str) -> str:
-    """A field that names a run or a client: safe as a file name and in a log."""
+    """A field that names a run or a client: safe as a file name and in a log.
+
+    Raises:
+        RecordError: it is none.
+    """
     value = text(fields, key)
     if not _NAME.match(value):
         raise RecordError(
@@ -41,7 +49,11 @@ def name(fields: Mapping[str, Any], key: str) -> str:
 
 
 def integer(fields: Mapping[str, Any], key: str, low: int, high: int) -> int:
-    """A whole number within bounds."""
+    """A whole number within bounds.
+
+    Raises:
+        RecordError: it is missing, or not one in ``low..high``.
+    """
     value = fields.get(key)
     if type(value) is not int or not low <= value <= high:
         raise RecordError(f"field {key!r}: {value!r} is not a whole number in {low}..{high}")
@@ -49,7 +61,11 @@ def integer(fields: Mapping[str, Any], key: str, low: int, high: int) -> int:
 
 
 def number(fields: Mapping[str, Any], key: str) -> float:
-    """A number, finite or not."""
+    """A number, finite or not.
+
+    Raises:
+        RecordError: it is none.
+    """
     value = fields.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecordError(f"field {key!r}: {value!r} is not a number")
@@ -57,7 +73,11 @@ def number(fields: Mapping[str, Any], key: str) -> float:
 
 
 def mapping(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A field that holds a JSON object."""
+    """A field that holds a JSON object.
+
+    Raises:
+        RecordError: it is none.
+    """
     try:
         value = json.loads(text(fields, key))
     except (ValueError, RecursionError):

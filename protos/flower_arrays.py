@@ -112,7 +112,11 @@ def check_digest(digest: str, announced: str) -> None:
 
 
 def beside_fields(beside: Sequence[Adapter]) -> dict[str, Any]:
-    """The fields that describe the adapters beside; none if there are none."""
+    """The fields that describe the adapters beside; none if there are none.
+
+    Raises:
+        RecordError: there are more than ``MAX_BESIDE``.
+    """
     if len(beside) > MAX_BESIDE:
         raise RecordError(f"{len(beside)} adapters beside; at most {MAX_BESIDE} travel")
     fields: dict[str, Any] = {"beside": len(beside)} if beside else {}

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aggregation.output import AsFormat, Format, envelope
+
 if TYPE_CHECKING:
     from privacy.audit import Audit
     from simulations.audit_task import Task
 
-SCHEMA = "airpeft.v1.privacy-audit"
 BROKEN, BAD_INPUT, INTERRUPTED = 1, 2, 3
 
 
@@ -29,13 +30,6 @@ class Mechanism(StrEnum):
 
     LOCAL = "local"
     CENTRAL = "central"
-
-
-class Format(StrEnum):
-    """What is printed."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 class AccountantName(StrEnum):
@@ -88,9 +82,7 @@ def audit(
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Root of all randomness.")] = 0,
-    format: Annotated[  # noqa: A002 - the name of the option
-        Format, typer.Option("--format", help="Table for people, JSON for programs.")
-    ] = Format.TABLE,
+    format: AsFormat = Format.TABLE,  # noqa: A002 - the name of the option
 ) -> None:
     """Measure a mechanism's epsilon from below, beside the epsilon that it claims.
 
@@ -153,7 +145,7 @@ def audit(
         typer.echo("airpeft privacy audit: interrupted; nothing was found out", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if format is Format.JSON:
-        document = {"schema": SCHEMA, "data": _document(task, found)}
+        document = envelope("privacy-audit", _document(task, found))
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
     else:
         _table(task, found)

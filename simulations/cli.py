@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aggregation.output import Format, envelope
+
 if TYPE_CHECKING:
     from simulations.events import Event
     from simulations.server_app import RunResult
 
-SCHEMA = "airpeft.v1.simulation"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 3
 
 
@@ -23,13 +24,6 @@ class Backend(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
-
-
-class Format(StrEnum):
-    """What is printed at the end."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 def simulate(
@@ -98,7 +92,7 @@ def simulate(
     except KeyboardInterrupt:
         _complain("interrupted; the same command goes on where it was", INTERRUPTED)
     if format is Format.JSON:
-        typer.echo(json.dumps({"schema": SCHEMA, "data": _document(result)}, indent=1))
+        typer.echo(json.dumps(envelope("simulation", _document(result)), indent=1))
     else:
         _table(result)
 

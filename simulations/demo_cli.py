@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aggregation.output import AsFormat, Format
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,7 +40,7 @@ def demo(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave server and devices running until Ctrl-C.")
     ] = False,
-    output: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    output: AsFormat = Format.TABLE,
 ) -> None:
     """Run the whole loop on this machine, with no network.
 
@@ -57,8 +59,6 @@ def demo(
     Exit status: 0 all went as it must; 1 something did not, or a process failed; 2 bad input;
     3 interrupted (every child process has been stopped).
     """
-    if output not in ("table", "json"):
-        raise typer.BadParameter(f"{output!r} is not table or json", param_hint="--format")
     raise typer.Exit(_run(scenario, out, overrides or [], seed, devices, workers, keep, output))
 
 
@@ -70,7 +70,7 @@ def _run(
     devices: int,
     workers: int,
     keep: bool,
-    output: str,
+    output: Format,
 ) -> int:
     from rich.console import Console
 
@@ -83,13 +83,14 @@ def _run(
     from simulations.errors import SimulationError
     from simulations.scenario import ScenarioError, load
 
-    console = Console(stderr=output == "json")
+    console = Console(stderr=output is Format.JSON)
     try:
         folder = (out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
         options = DemoOptions(
             load(path, overrides=overrides, seed=seed), folder, devices=devices, workers=workers
         )
-        view = LiveView(console) if console.is_terminal and output == "table" else LineView(console)
+        live = console.is_terminal and output is Format.TABLE
+        view = LiveView(console) if live else LineView(console)
         with view:
             result = run_demo(options, view, keep=_keeper(console, view, output) if keep else None)
     except ScenarioError as error:
@@ -112,7 +113,7 @@ def _run(
     return 1 if result.problems else 0
 
 
-def _keeper(console: Console, view: Any, output: str) -> Any:
+def _keeper(console: Console, view: Any, output: Format) -> Any:
     def keeper(result: DemoResult, fleet: Fleet) -> None:
         view.__exit__(None, None, None)
         _print(console, result, output)
@@ -137,8 +138,8 @@ def how_to_talk(fleet: Fleet) -> list[str]:
     ]
 
 
-def _print(console: Console, result: DemoResult, output: str) -> None:
-    if output == "json":
+def _print(console: Console, result: DemoResult, output: Format) -> None:
+    if output is Format.JSON:
         from simulations.demo_summary import document
 
         sys.stdout.write(json.dumps(document(result), indent=2) + "\n")

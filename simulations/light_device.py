@@ -32,10 +32,10 @@ from clients import identity
 from clients.agent import Agent, AgentPolicy
 from clients.connection import Connection
 from clients.content_keys import ContentKeys
-from clients.device import die_with_parent, stop_on_signals
 from clients.download import Download, Way
 from clients.link import Backoff
 from clients.runtime import BASE, DEFAULT, AdapterVersion, LoadError, Prediction, Request
+from clients.signals import die_with_parent, stop_on_signals
 from clients.slots import Slots
 from clients.sources import Sources
 from clients.telemetry import ReportQueue

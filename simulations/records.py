@@ -132,11 +132,6 @@ def shared_only(recipe: str) -> str:
     )
 
 
-def reproducible(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A line without what differs from run to run: the time that it took."""
-    return {key: value for key, value in entry.items() if key != "seconds"}
-
-
 def jsonl(lines: Sequence[Mapping[str, Any]]) -> bytes:
     """The file's content."""
     return b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in lines)

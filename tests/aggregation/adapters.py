@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from aggregation.adapter import Adapter
 from aggregation.core_basis import basis
 from aggregation.recipe import Recipe
+from aggregation.report import AggregationReport
 from aggregation.spec import AdapterSpec, ModuleSpec, Orientation, TensorSpec
+from aggregation.state import GlobalState
 from aggregation.update import Update
 
 BASE = "sha256:" + "0" * 64
 FEW = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
+SEEDS = st.integers(0, 10_000)
+WEIGHTS = st.lists(st.floats(0.1, 50), min_size=1, max_size=5)
 
 
 @st.composite
@@ -86,6 +90,16 @@ def honest(
 
 def update(client: str, start: Adapter, trained: Adapter, weight: float = 1.0) -> Update:
     return Update(client, 1, start.digest, trained, weight)
+
+
+def run(
+    chosen: Recipe, state: GlobalState, updates: list[Update]
+) -> tuple[GlobalState, AggregationReport]:
+    """One aggregation: the state after it, and its report."""
+    reduction = chosen.begin(state)
+    for one in updates:
+        reduction.add(one)
+    return reduction.finish()
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
 from aggregation.distributing import Same
@@ -15,7 +14,6 @@ from aggregation.state import GlobalState
 from aggregation.update import Update
 from tests.aggregation.adapters import honest
 
-SEEDS = st.integers(0, 10_000)
 Dense = dict[str, np.ndarray]
 MEMORY = ["fedavgm", "fedadam", "fedyogi", "fedadagrad"]
 

@@ -15,6 +15,7 @@ from aggregation.spec import AdapterSpec
 from aggregation.state import initial_state
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
     moved,
     plain_spec,
     products,
@@ -24,7 +25,6 @@ from tests.aggregation.adapters import (
     update,
 )
 
-SEEDS = st.integers(0, 10_000)
 FACTOR = st.sampled_from(["A", "B"])
 
 

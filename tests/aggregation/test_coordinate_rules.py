@@ -15,10 +15,16 @@ from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
 from aggregation.state import initial_state
 from aggregation.update import Update
-from tests.aggregation.adapters import FEW, moved, plain_spec, random_adapter, relative, update
+from tests.aggregation.adapters import (
+    FEW,
+    SEEDS,
+    moved,
+    plain_spec,
+    random_adapter,
+    relative,
+    update,
+)
 from tests.aggregation.robust_cases import attack, liars_share, only_b, point, run
-
-SEEDS = st.integers(0, 10_000)
 
 
 def chosen(rule: CoordinateRule) -> Recipe:

@@ -118,6 +118,7 @@ def test_the_mean_of_the_cores_is_the_core_of_the_mean(
     chosen = recipe("fed-sb")
     state = chosen.start(initial_adapter(spec, seed))
     expected = products(state.adapter)
+    size = {name: np.linalg.norm(product) for name, product in expected.items()}
     for number in range(1, 4):
         start, share = state.adapter, np.array(weights) / sum(weights)
         reduction = chosen.begin(state)
@@ -125,12 +126,15 @@ def test_the_mean_of_the_cores_is_the_core_of_the_mean(
             trained = honest(chosen, start, seed + 10 * number + k)
             reduction.add(Update(f"c{k}", number, start.digest, trained, weight))
             for name, after in products(trained).items():
-                expected[name] = expected[name] + share[k] * (after - products(start)[name])
+                change = share[k] * (after - products(start)[name])
+                expected[name] = expected[name] + change
+                size[name] += np.linalg.norm(change)
         state, _ = reduction.finish()
         assert settle(state.adapter, 0).digest == state.adapter.digest
         for m in spec.modules:
             found = products(state.adapter)[m.name]
-            assert relative(found, expected[m.name]) < 1e-5
+            # Changes may cancel: float32 rounds by what was added, not by what is left.
+            assert np.linalg.norm(found - expected[m.name]) < 1e-5 * size[m.name]
             assert np.linalg.matrix_rank(found, tol=1e-4 * np.linalg.norm(found)) <= m.rank
             assert np.array_equal(state.adapter.factors(m.name)[1], start.factors(m.name)[1])
 

@@ -15,34 +15,25 @@ from aggregation.recipe import Recipe
 from aggregation.recipes import RECIPES, recipe
 from aggregation.reducing import FactorMean, ProductSum, RankMean
 from aggregation.refactoring import Keep, Svd
-from aggregation.report import AggregationReport
 from aggregation.robust import GeometricMedian
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
+    WEIGHTS,
     moved,
     plain_spec,
     products,
     random_adapter,
     relative,
+    run,
     specs,
     update,
 )
 
-SEEDS = st.integers(0, 10_000)
-WEIGHTS = st.lists(st.floats(0.1, 50), min_size=1, max_size=5)
 BESIDE = ("flora", "fedex-lora", "fedmomentum")
-
-
-def run(
-    name: str, state: GlobalState, updates: list[Update]
-) -> tuple[GlobalState, AggregationReport]:
-    reduction = recipe(name).begin(state)
-    for one in updates:
-        reduction.add(one)
-    return reduction.finish()
 
 
 def others(spec: AdapterSpec, name: str, seed: int, count: int) -> list[AdapterSpec]:
@@ -75,7 +66,7 @@ def test_adapter_and_residual_are_exact_round_after_round(
             for module, after in products(trained).items():
                 change = after - products(start)[module]
                 expected[module] = expected[module] + weights[k] / sum(weights) * change
-        state, report = run(name, state, updates)
+        state, report = run(recipe(name), state, updates)
         for module, matrix in expected.items():
             assert relative(state.exact(module).dense(), matrix) < 1e-5
             missed = np.linalg.norm(matrix - products(state.adapter)[module])
@@ -93,7 +84,7 @@ def test_flora_starts_afresh_and_differently_every_round() -> None:
     for number in range(2):
         trained = moved(state.adapter, number)
         one = Update("c", number + 1, state.adapter.digest, trained, 1.0)
-        state, _ = run("flora", state, [one])
+        state, _ = run(recipe("flora"), state, [one])
         left, right = state.adapter.factors("layer.0.query")
         assert not left.any()
         seen.append(right)
@@ -104,8 +95,8 @@ def test_fedex_hands_out_the_means_and_its_residual_has_the_rank_of_the_covarian
     spec = plain_spec((2, 2))
     state = initial_state(random_adapter(spec, 0))
     updates = [update(f"c{k}", state.adapter, moved(state.adapter, k)) for k in range(3)]
-    after, _ = run("fedex-lora", state, updates)
-    fedit, _ = run("fedit", state, updates)
+    after, _ = run(recipe("fedex-lora"), state, updates)
+    fedit, _ = run(recipe("fedit"), state, updates)
     assert after.adapter.digest == fedit.adapter.digest
     assert all(matrix.rank == 2 * 2 for matrix in after.residual.values())  # (K - 1) r
     unmeasured = recipe("fedex-lora").begin(state, measure=False)
@@ -120,7 +111,9 @@ def test_fedmomentum_trains_on_the_best_of_the_rank(spec: AdapterSpec, seed: int
     state = initial_state(random_adapter(spec, seed))
     trained = [moved(state.adapter, seed + k) for k in range(3)]
     after, report = run(
-        "fedmomentum", state, [update(f"c{k}", state.adapter, t) for k, t in enumerate(trained)]
+        recipe("fedmomentum"),
+        state,
+        [update(f"c{k}", state.adapter, t) for k, t in enumerate(trained)],
     )
     for m in spec.modules:
         exact = sum(products(t)[m.name] for t in trained) / 3
@@ -145,7 +138,7 @@ def test_flexlora_is_the_best_of_the_rank_of_the_mean_product(
         updates.append(update(f"c{k}", start, trained, weights[k]))
         for name, matrix in products(trained).items():
             expected[name] = expected[name] + weights[k] / sum(weights) * matrix
-    after, _ = run("flexlora", state, updates)
+    after, _ = run(recipe("flexlora"), state, updates)
     for m in spec.modules:
         values = np.linalg.svd(expected[m.name], compute_uv=False)
         best = np.linalg.norm(values[m.rank :])
@@ -162,7 +155,7 @@ def test_florist_keeps_the_smallest_rank_that_holds_the_energy(
     state = initial_state(random_adapter(spec, seed))
     trained = [moved(state.adapter, seed + k, 0.5) for k in range(3)]
     after, report = run(
-        "florist", state, [update(f"c{k}", state.adapter, t) for k, t in enumerate(trained)]
+        recipe("florist"), state, [update(f"c{k}", state.adapter, t) for k, t in enumerate(trained)]
     )
     for m in spec.modules:
         exact = sum(products(t)[m.name] for t in trained) / 3
@@ -184,7 +177,7 @@ def test_raflora_is_its_published_formula_in_a_synchronous_round(
 ) -> None:
     """The bank in SVD order, the largest rank among the clients; levels are the clients' ranks."""
     spec = plain_spec((8, 8), width=24)
-    state, _ = run("raflora", initial_state(random_adapter(spec, seed)), [
+    state, _ = run(recipe("raflora"), initial_state(random_adapter(spec, seed)), [
         update("first", random_adapter(spec, seed), moved(random_adapter(spec, seed), seed + 99))
     ])  # fmt: skip
     rng = np.random.default_rng(seed)
@@ -193,7 +186,7 @@ def test_raflora_is_its_published_formula_in_a_synchronous_round(
     for k, rank in enumerate(ranks):
         start = recipe("raflora").hand_out(state, spec.with_ranks(int(rank)))
         updates.append(Update(f"c{k}", 2, start.digest, moved(start, seed + k), weights[k]))
-    after, _ = run("raflora", state, updates)
+    after, _ = run(recipe("raflora"), state, updates)
     for m in spec.modules:
         expected, low = np.zeros((m.d_out, m.d_in)), 0
         for high in sorted(set(ranks)):
@@ -221,7 +214,7 @@ def test_truncated_clients_that_learn_nothing_drain_only_flexlora(name: str) -> 
             start = recipe(name).hand_out(state, spec.with_ranks(rank))
             trained = moved(start, 100 * number + k, 1e-7)
             updates.append(Update(f"c{k}", number + 1, start.digest, trained, 1.0))
-        state, _ = run(name, state, updates)
+        state, _ = run(recipe(name), state, updates)
     for module, matrix in before.items():
         drift = relative(state.exact(module).dense(), matrix)
         assert drift > 0.2 if name == "flexlora" else drift < 1e-5
@@ -232,7 +225,7 @@ def test_raflora_counts_clients_that_send_back_what_they_got() -> None:
     state = initial_state(random_adapter(spec, 0))
     trained = moved(state.adapter, 1)
     still = update("still", state.adapter, state.adapter, 3.0)
-    after, _ = run("raflora", state, [update("moved", state.adapter, trained, 1.0), still])
+    after, _ = run(recipe("raflora"), state, [update("moved", state.adapter, trained, 1.0), still])
     for m in spec.modules:
         exact = 0.25 * products(trained)[m.name] + 0.75 * products(state.adapter)[m.name]
         best = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[m.rank :])

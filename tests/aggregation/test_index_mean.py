@@ -18,37 +18,28 @@ from aggregation.rank_selection import importance, keep_only, random_ranks, sele
 from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
 from aggregation.refactoring import Keep
-from aggregation.report import AggregationReport
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update, UpdateError, UpdateReason
 from aggregation.weighing import Uniform
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
+    WEIGHTS,
     honest,
     moved,
     plain_spec,
     products,
     random_adapter,
     relative,
+    run,
     specs,
     update,
 )
 
-SEEDS = st.integers(0, 10_000)
-WEIGHTS = st.lists(st.floats(0.1, 50), min_size=1, max_size=5)
 HELD = {"refactor": Keep(), "distribute": Cut()}
 PREFIX = Recipe("prefix", reduce=PaddedMean(), **HELD)
 RBLA = Recipe("rbla", reduce=IndexMean(), **HELD)
-
-
-def run(
-    chosen: Recipe, state: GlobalState, updates: list[Update]
-) -> tuple[GlobalState, AggregationReport]:
-    reduction = chosen.begin(state)
-    for one in updates:
-        reduction.add(one)
-    return reduction.finish()
 
 
 def lower(spec: AdapterSpec, seed: int) -> AdapterSpec:

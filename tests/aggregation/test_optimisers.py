@@ -21,6 +21,7 @@ from aggregation.state import initial_state
 from aggregation.update import Update
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
     moved,
     plain_spec,
     products,
@@ -28,13 +29,7 @@ from tests.aggregation.adapters import (
     relative,
     specs,
 )
-from tests.aggregation.optimiser_cases import (
-    SEEDS,
-    Dense,
-    mean_change,
-    of_factors,
-    round_of,
-)
+from tests.aggregation.optimiser_cases import Dense, mean_change, of_factors, round_of
 
 
 def adam(m: np.ndarray, v: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,36 +18,27 @@ from aggregation.recipe import Recipe
 from aggregation.recipes import RECIPES, recipe
 from aggregation.reducing import FactorMean
 from aggregation.refactoring import Keep, Svd
-from aggregation.report import AggregationReport
 from aggregation.server_optimizer import Sgd
 from aggregation.spec import AdapterSpec
 from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
+    WEIGHTS,
     honest,
     moved,
     plain_spec,
     products,
     random_adapter,
     relative,
+    run,
     specs,
     update,
 )
 
 EXACT = recipe("svd-warm-start")
 FEDIT = recipe("fedit")
-SEEDS = st.integers(0, 10_000)
-WEIGHTS = st.lists(st.floats(0.1, 50), min_size=1, max_size=5)
-
-
-def run(
-    chosen: Recipe, state: GlobalState, updates: list[Update]
-) -> tuple[GlobalState, AggregationReport]:
-    reduction = chosen.begin(state)
-    for one in updates:
-        reduction.add(one)
-    return reduction.finish()
 
 
 def started(spec: AdapterSpec, seed: int) -> GlobalState:

@@ -25,38 +25,29 @@ from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
 from aggregation.reducing import FactorMean, Reduced
 from aggregation.refactoring import Keep, Svd
-from aggregation.report import AggregationReport
 from aggregation.ridge import Ridge
 from aggregation.spec import AdapterSpec, ModuleSpec
-from aggregation.state import GlobalState, initial_state
+from aggregation.state import initial_state
 from aggregation.train import OnlyB
 from aggregation.update import Update, UpdateError, UpdateReason
 from aggregation.weighing import Frobenius, Uniform
 from tests.aggregation.adapters import (
     BASE,
     FEW,
+    SEEDS,
+    WEIGHTS,
     honest,
     moved,
     plain_spec,
     products,
     random_adapter,
     relative,
+    run,
     specs,
     update,
 )
 
-SEEDS = st.integers(0, 10_000)
-WEIGHTS = st.lists(st.floats(0.1, 50), min_size=1, max_size=5)
 BALANCE = st.sampled_from(["B", "A", "sqrt"])
-
-
-def run(
-    chosen: Recipe, state: GlobalState, updates: list[Update]
-) -> tuple[GlobalState, AggregationReport]:
-    reduction = chosen.begin(state)
-    for one in updates:
-        reduction.add(one)
-    return reduction.finish()
 
 
 @FEW

@@ -18,22 +18,15 @@ from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update, UpdateError, UpdateReason
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
     moved,
     plain_spec,
     random_adapter,
     relative,
     update,
 )
-from tests.aggregation.robust_cases import (
-    TRUSTED,
-    attack,
-    liars_share,
-    point,
-    run,
-    vector,
-)
+from tests.aggregation.robust_cases import TRUSTED, attack, liars_share, point, run, vector
 
-SEEDS = st.integers(0, 10_000)
 IN_PRODUCT_SPACE = ["krum", "multi-krum", "rfa", "fltrust", "norm-clip"]
 
 

@@ -16,14 +16,13 @@ from aggregation.spec import AdapterSpec, ModuleSpec, TensorSpec
 from tests.aggregation.adapters import (
     BASE,
     FEW,
+    SEEDS,
     moved,
     plain_spec,
     products,
     random_adapter,
     specs,
 )
-
-SEEDS = st.integers(0, 10_000)
 
 
 def dense(change: Change) -> np.ndarray:

@@ -18,16 +18,8 @@ from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
 from aggregation.state import initial_state
 from aggregation.update import UpdateError, UpdateReason
-from tests.aggregation.adapters import (
-    moved,
-    plain_spec,
-    random_adapter,
-    update,
-)
-from tests.aggregation.robust_cases import (
-    only_b,
-    run,
-)
+from tests.aggregation.adapters import moved, plain_spec, random_adapter, update
+from tests.aggregation.robust_cases import only_b, run
 
 ALL = ["krum", "multi-krum", "rfa", "fltrust", "norm-clip", "bulyan", "trimmed-mean", "median"]
 

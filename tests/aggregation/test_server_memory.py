@@ -21,6 +21,7 @@ from aggregation.train import Alternate, OnlyB
 from aggregation.update import Update
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
     moved,
     plain_spec,
     products,
@@ -28,14 +29,7 @@ from tests.aggregation.adapters import (
     relative,
     specs,
 )
-from tests.aggregation.optimiser_cases import (
-    MEMORY,
-    SEEDS,
-    idle,
-    mean_change,
-    of_factors,
-    round_of,
-)
+from tests.aggregation.optimiser_cases import MEMORY, idle, mean_change, of_factors, round_of
 
 
 @pytest.mark.parametrize("name", [*MEMORY, "fedsvd-momentum", "product-momentum"])

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
 from aggregation.combining import Reduction
@@ -24,6 +23,8 @@ from aggregation.train import OnlyB
 from aggregation.update import Update, UpdateError, UpdateReason
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
+    WEIGHTS,
     honest,
     moved,
     plain_spec,
@@ -34,8 +35,6 @@ from tests.aggregation.adapters import (
     update,
 )
 
-SEEDS = st.integers(0, 10_000)
-WEIGHTS = st.lists(st.floats(0.1, 50), min_size=1, max_size=5)
 WIDE = Recipe("wide", reduce=Sketch(width=64))
 NARROW = plain_spec((4, 4), width=48)
 

@@ -15,6 +15,7 @@ from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update, UpdateError, UpdateReason
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
     honest,
     moved,
     plain_spec,
@@ -25,7 +26,6 @@ from tests.aggregation.adapters import (
     update,
 )
 
-SEEDS = st.integers(0, 10_000)
 FEDBUFF = recipe("fedbuff")
 
 

@@ -10,15 +10,7 @@ from aggregation.low_rank import LowRank
 from aggregation.recipes import recipe
 from aggregation.spec import AdapterSpec, ModuleSpec
 from aggregation.state import GlobalState, StateError, initial_state
-from tests.aggregation.adapters import (
-    BASE,
-    FEW,
-    moved,
-    plain_spec,
-    random_adapter,
-    specs,
-    update,
-)
+from tests.aggregation.adapters import BASE, FEW, moved, plain_spec, random_adapter, specs, update
 
 
 @FEW

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from aggregation import choices
 from aggregation.distributing import Cut, Same
@@ -24,6 +23,7 @@ from aggregation.train import AlternateSelect, OnlyB, ShareA
 from aggregation.weighing import ByExamples, Frobenius, Staleness, Uniform
 from tests.aggregation.adapters import (
     FEW,
+    SEEDS,
     moved,
     plain_spec,
     products,
@@ -32,8 +32,6 @@ from tests.aggregation.adapters import (
     specs,
     update,
 )
-
-SEEDS = st.integers(0, 10_000)
 
 
 @FEW

@@ -21,7 +21,7 @@ from clients.connection import Connection, ConnectionLost, Denied
 from clients.identity import IdentityError
 from clients.link import Backoff
 from clients.renewal import Keeper, moment_of
-from federation import cli
+from federation import enrolment_cli
 from federation.authority import open_authority
 from federation.enrolment import LAPSE_SECONDS, Enrolment, EnrolmentError
 from federation.fleet import Fleet, UnknownDeviceError
@@ -328,14 +328,14 @@ def test_the_command_line_authorises_a_key_and_the_device_uses_it(
     (tmp_path / "key.pem").write_text(public)
     words = ["authorise", str(tmp_path / "key.pem"), "--out", str(tmp_path / "enrol.json")]
     words += ["--device", "authorised", "--home", str(server.home), "--format", "json"]
-    assert run.invoke(cli.fleet, words).exit_code == 0
+    assert run.invoke(enrolment_cli.fleet, words).exit_code == 0
     document = json.loads((tmp_path / "enrol.json").read_text())
     assert set(document) == {"enrol", "fleet", "authority_pem"}
     private = (home / "identity" / "key.pem").read_bytes()
     reply = enrol(document, "", identity.certificate_request(private))
     assert reply.device_id == "authorised"
-    refused = run.invoke(cli.fleet, words)
+    refused = run.invoke(enrolment_cli.fleet, words)
     assert refused.exit_code == 2
     assert "key-taken" in refused.stderr
-    missing = run.invoke(cli.fleet, ["authorise", "none.pem", *words[2:]])
+    missing = run.invoke(enrolment_cli.fleet, ["authorise", "none.pem", *words[2:]])
     assert "cannot read the public key" in missing.stderr

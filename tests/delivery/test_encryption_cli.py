@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from aggregation import payload, peft_layout, sealed
 from clients import identity
 from clients.connection import Connection, Denied, enrol
-from federation.cli import fleet as fleet_app
 from federation.client import OperatorClient
+from federation.enrolment_cli import fleet as fleet_app
 from federation.mirror_cli import mirror
 from federation.release_cli import keys, release
 from protos.messages import EnrolRequest

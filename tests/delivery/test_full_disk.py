@@ -22,7 +22,8 @@ from federation.key_change import KeyChange
 from federation.metrics import Metrics
 from federation.repository import Repository
 from federation.rollout import ACTIVE, State, Verb
-from federation.store import METADATA, Store
+from federation.store import Store
+from federation.tables import METADATA
 from protos.messages import DeviceEvent, EnrolRequest
 from tests.delivery.rig import new_key, request_for
 from tests.delivery.test_ticker import FOUR, House, roll_out

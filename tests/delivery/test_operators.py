@@ -17,8 +17,7 @@ from fastapi import HTTPException
 from typer.testing import CliRunner
 
 import airpeft
-from federation import operators_cli
-from federation import store as tables
+from federation import operators_cli, tables
 from federation.api import BodyLimit, make_app
 from federation.audit import GENESIS
 from federation.comparison import compare

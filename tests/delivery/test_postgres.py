@@ -16,8 +16,7 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from aggregation.durable import StorageError
-from federation import cli, postgres, turns
-from federation import store as tables
+from federation import postgres, server_cli, tables, turns
 from federation.client import OperatorClient, OperatorError
 from federation.folder_lock import FolderLock
 from federation.moving import MovingError, check_not_moved, move_in
@@ -341,7 +340,7 @@ def cli_app() -> Any:
     import typer
 
     app = typer.Typer()
-    app.command()(cli.server)
+    app.command()(server_cli.server)
     return app
 
 

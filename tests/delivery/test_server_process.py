@@ -18,11 +18,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from federation import cli, operators_cli
+from federation import operators_cli
 from federation.client import OperatorClient, OperatorError
+from federation.enrolment_cli import fleet as fleet_app
 from federation.first_start import Passphrases, ServerError, open_repository, take_home
 from federation.keys import ADAPTER_NAMES, ROOT_NAMES, KeyFolder, generate
 from federation.operators import Operator, Role, ensure_admin, operator_of, renew_admin
+from federation.rollout_cli import rollout as rollout_app
 from federation.store import Store
 from protos.messages import DeviceEvent
 from tests.delivery.rig import ROOT, Device, Obedient, ServerProcess, Watcher, signed_release
@@ -364,67 +366,76 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
         return json.loads(result.stdout)["data"] if code == 0 else result
 
     out = tmp_path / "enrol.json"
-    call(cli.fleet, "token", "--out", str(out), "--device", "kitchen", "--tag", "site=north")
+    call(
+        fleet_app,
+        "token",
+        "--out",
+        str(out),
+        "--device",
+        "kitchen",
+        "--tag",
+        "site=north",
+    )
     bundle = json.loads(out.read_text())
     assert set(bundle) == {"enrol", "fleet", "token", "authority_pem"}
     assert out.stat().st_mode & 0o777 == 0o600
     device = Device(server, "attic")
     name = server.publish(1, b"payload", channel="line")
     with obedient(device):
-        started = call(cli.rollout, "start", name, "--wave", "100%", "--why", "spring")
+        started = call(rollout_app, "start", name, "--wave", "100%", "--why", "spring")
         assert started["state"] in ("running", "done")
         wait_for(server, started["id"], "done")
         words = ["watch", started["id"], "--home", str(server.home)]
-        assert "1 of 1 devices" in run.invoke(cli.rollout, words).stdout
-        assert call(cli.fleet, "show", "attic")["running"] == name
+        assert "1 of 1 devices" in run.invoke(rollout_app, words).stdout
+        assert call(fleet_app, "show", "attic")["running"] == name
         meant = ("--where", 'id == "attic"')
-        assert call(cli.fleet, "tag", *meant, "site=roof", "--dry-run")[0]["tags"] == {}
-        assert call(cli.fleet, "tag", *meant, "site=cellar")[0]["tags"] == {"site": "cellar"}
-        back = call(cli.rollout, "rollback", started["id"], "--why", "autumn")
+        assert call(fleet_app, "tag", *meant, "site=roof", "--dry-run")[0]["tags"] == {}
+        assert call(fleet_app, "tag", *meant, "site=cellar")[0]["tags"] == {"site": "cellar"}
+        back = call(rollout_app, "rollback", started["id"], "--why", "autumn")
         assert back["state"] in ("rolling_back", "rolled_back")
         wait_for(server, started["id"], "rolled_back")
-        watched = run.invoke(cli.rollout, words)
+        watched = run.invoke(rollout_app, words)
         assert watched.exit_code == 3
         assert "autumn" in watched.stdout
-    assert call(cli.rollout, "status")[0]["state"] == "rolled_back"
-    assert "attic" in run.invoke(cli.fleet, ["list", "--home", str(server.home)]).stdout
-    refused = call(cli.rollout, "pause", started["id"], code=2)
+    assert call(rollout_app, "status")[0]["state"] == "rolled_back"
+    assert "attic" in run.invoke(fleet_app, ["list", "--home", str(server.home)]).stdout
+    refused = call(rollout_app, "pause", started["id"], code=2)
     assert f"cannot pause rollout {started['id']}: it is rolled_back" in refused.stderr
-    bad = call(cli.rollout, "start", name, "--wave", "half", code=2)
+    bad = call(rollout_app, "start", name, "--wave", "half", code=2)
     assert "neither a number" in bad.stderr
     other = server.publish(2, b"payload", channel="line")
-    planned = call(cli.rollout, "plan", other, "--wave", "1x2", "--window", "22:00-05:00")
+    planned = call(rollout_app, "plan", other, "--wave", "1x2", "--window", "22:00-05:00")
     assert planned["waves"][-1]["reached"] == planned["fleet"]
     dry = ["start", other, "--dry-run", "--home", str(server.home)]
-    assert "nothing has happened" in run.invoke(cli.rollout, dry).stdout
-    assert "give one RELEASE" in call(cli.rollout, "plan", code=2).stderr
-    assert "--retries" in call(cli.rollout, "plan", name, "--retries", "x=1", code=2).stderr
+    assert "nothing has happened" in run.invoke(rollout_app, dry).stdout
+    assert "give one RELEASE" in call(rollout_app, "plan", code=2).stderr
+    assert "--retries" in call(rollout_app, "plan", name, "--retries", "x=1", code=2).stderr
     rated = ("plan", other, "--rate", "6", "--unhealthy-if", "heat=85")
     grown = ("--rate-factor", "2", "--rate-every", "5", "--rate-counting", "succeeded")
-    planned = call(cli.rollout, *rated, *grown, "--rate-max", "90")
+    planned = call(rollout_app, *rated, *grown, "--rate-max", "90")
     assert "times 2 for every 5 succeeded, at most 90" in planned["rate"]
-    told = run.invoke(cli.rollout, [*rated, "--home", str(server.home)]).stdout
+    told = run.invoke(rollout_app, [*rated, "--home", str(server.home)]).stdout
     assert "rate: 6 devices a minute" in told
     assert max(map(len, told.splitlines())) <= 100
-    assert "needs --rate-factor" in call(cli.rollout, *rated, *grown[:2], code=2).stderr
-    assert "NAME=LIMIT" in call(cli.rollout, *rated[:2], *rated[4:5], "x=1", code=2).stderr
-    said = json.loads(call(cli.rollout, "pause", started["id"], "--dry-run", code=2).stdout)["data"]
+    assert "needs --rate-factor" in call(rollout_app, *rated, *grown[:2], code=2).stderr
+    assert "NAME=LIMIT" in call(rollout_app, *rated[:2], *rated[4:5], "x=1", code=2).stderr
+    said = json.loads(call(rollout_app, "pause", started["id"], "--dry-run", code=2).stdout)["data"]
     assert (said["possible"], "cannot pause" in said["effect"]) == (False, True)
-    assert call(cli.rollout, "status", "--state", "running") == []
-    assert "name it" in call(cli.rollout, "status", "--troubled", code=2).stderr
-    assert "give one DEVICE" in call(cli.fleet, "revoke", code=2).stderr
-    tagged = call(cli.fleet, "tag", "attic", "site=roof", "--remove", "nothing")
+    assert call(rollout_app, "status", "--state", "running") == []
+    assert "name it" in call(rollout_app, "status", "--troubled", code=2).stderr
+    assert "give one DEVICE" in call(fleet_app, "revoke", code=2).stderr
+    tagged = call(fleet_app, "tag", "attic", "site=roof", "--remove", "nothing")
     assert tagged["tags"] == {"site": "roof"}
-    found = call(cli.fleet, "list", "--where", 'tag.site == "roof"')
+    found = call(fleet_app, "list", "--where", 'tag.site == "roof"')
     assert [one["id"] for one in found] == ["attic"]
-    assert "unknown field" in call(cli.fleet, "list", "--where", "x == 1", code=2).stderr
+    assert "unknown field" in call(fleet_app, "list", "--where", "x == 1", code=2).stderr
     token = tmp_path / "ben.token"
     added = call(operators_cli.operators, "add", "ben", "--role", "viewer", "--out", str(token))
     assert "token" not in added
     assert token.stat().st_mode & 0o777 == 0o600
     url = f"http://{server.endpoints['api']}"
     words = ["pause", started["id"], "--url", url, "--token-file", str(token)]
-    denied = run.invoke(cli.rollout, words)
+    denied = run.invoke(rollout_app, words)
     assert (denied.exit_code, "role viewer, which may not stop" in denied.stderr) == (2, True)
     call(operators_cli.operators, "revoke", "ben")
     listed = {one["name"]: one["revoked"] for one in call(operators_cli.operators, "list")}
@@ -436,30 +447,30 @@ def test_the_command_line_from_token_to_roll_back(server: ServerProcess, tmp_pat
         operators_cli.audit, ["verify", "--head", "0f" * 32, "--home", str(server.home)]
     )
     assert (lost.exit_code, "BROKEN" in lost.stdout) == (4, True)
-    assert "no device 'nobody'" in call(cli.fleet, "show", "nobody", code=2).stderr
+    assert "no device 'nobody'" in call(fleet_app, "show", "nobody", code=2).stderr
     spare = Device(server, "cellar")
-    call(cli.fleet, "revoke", spare.name, "--why", "sold")
-    revoked = {d["id"]: d["revoked"] for d in call(cli.fleet, "list")}
+    call(fleet_app, "revoke", spare.name, "--why", "sold")
+    revoked = {d["id"]: d["revoked"] for d in call(fleet_app, "list")}
     assert revoked["cellar"] is not None
-    assert call(cli.fleet, "lagging") == []
+    assert call(fleet_app, "lagging") == []
     away = Device(server, "away")
-    assert [d["id"] for d in call(cli.fleet, "lagging", "--hours", "0")] == ["away"]
+    assert [d["id"] for d in call(fleet_app, "lagging", "--hours", "0")] == ["away"]
     with Watcher(away) as watcher:
         until(lambda: watcher.bundles, what="the stream")
-        assert call(cli.fleet, "lagging", "--hours", "0") == []
-        (one,) = [d for d in call(cli.fleet, "list") if d["id"] == "away"]
+        assert call(fleet_app, "lagging", "--hours", "0") == []
+        (one,) = [d for d in call(fleet_app, "list") if d["id"] == "away"]
         assert one["metadata_hours"] == 0.0, "it was sent the newest"
     with server.operator() as operator:
         operator.revoke(away.name)
 
 
 def test_a_command_without_a_server_says_what_to_do(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.fleet, ["list", "--home", str(tmp_path)])
+    result = CliRunner().invoke(fleet_app, ["list", "--home", str(tmp_path)])
     assert result.exit_code == 2
     assert "airpeft server --home" in result.stderr
     (tmp_path / "endpoints.json").write_text('{"api": "127.0.0.1:9"}')
     (tmp_path / "admin.token").write_text("x")
-    result = CliRunner().invoke(cli.fleet, ["list", "--home", str(tmp_path)])
+    result = CliRunner().invoke(fleet_app, ["list", "--home", str(tmp_path)])
     assert result.exit_code == 2
     assert "no answer from http://127.0.0.1:9" in result.stderr
 

@@ -14,8 +14,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from aggregation.durable import StorageError
-from federation import migrations
-from federation import store as tables
+from federation import migrations, tables
 from federation.authority import open_authority
 from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, open_repository
@@ -27,7 +26,7 @@ from federation.rate import Rate
 from federation.repository import Repository
 from federation.rollout import Rollout, State, Verb
 from federation.rollout_book import NoRolloutError
-from federation.store import Store
+from federation.store import Store, StoreError
 from federation.ticker import Ticker
 from federation.waves import RolloutError, Wave
 from protos.messages import (
@@ -431,8 +430,8 @@ def test_a_database_of_a_newer_version_or_none_at_all_is_refused(
     with house.store.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     house.store.close()
-    with pytest.raises(tables.StoreError, match="newer version"):
+    with pytest.raises(StoreError, match="newer version"):
         Store.open(tmp_path / "fleet.sqlite")
     (tmp_path / "other.sqlite").write_bytes(b"not a database, but long enough" * 100)
-    with pytest.raises(tables.StoreError, match="cannot open the database"):
+    with pytest.raises(StoreError, match="cannot open the database"):
         Store.open(tmp_path / "other.sqlite")

@@ -273,7 +273,7 @@ def test_what_is_too_large_is_not_even_fetched(publisher, runtime, adapters, ins
     unit = Unit(installed, runtime, publisher)
     unit.agent.start()
     unit.shelf.fetch = lambda path, offset: pytest.fail("a byte was asked for")  # type: ignore[method-assign]
-    unit.agent._installer._policy = InstallPolicy(max_payload_bytes=100)
+    unit.agent._installer._stager._policy = InstallPolicy(max_payload_bytes=100)
     unit.hear()
     assert unit.events("stable-2") == [(Event.REJECTED, RejectReason.GUARD)]
     with pytest.raises(NoSpace, match=r"the install needs 9\d+ and leaves"):

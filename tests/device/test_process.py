@@ -204,7 +204,7 @@ def test_help_has_examples_and_needs_no_engine():
         "import sys; from typer.testing import CliRunner; from clients.cli import device as app\n"
         "out = CliRunner().invoke(app, ['run', '--help']).output\n"
         "assert 'Example: airpeft device run' in out, out\n"
-        "import clients.agent, clients.device\n"
+        "import clients.agent, clients.device, clients.device_enrolment\n"
         "heavy = {'torch', 'transformers', 'peft', 'opacus', 'flwr'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -216,7 +216,7 @@ def test_a_device_dies_with_its_parent_if_asked(home, tmp_path):
     """The parent is killed; the child ends although nobody told it to."""
     code = (
         "import os, sys, subprocess, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'from clients.device import "
+        "child = subprocess.Popen([sys.executable, '-c', 'from clients.signals import "
         "die_with_parent; die_with_parent(); print(1, flush=True); import time; "
         "time.sleep(60)'], stdout=subprocess.PIPE)\n"
         "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)\n"

@@ -34,7 +34,7 @@ from clients.probe import HeldOut
 from clients.slots import Slots
 from clients.telemetry import ReportQueue
 from clients.trust import DeviceFacts, Trust
-from federation import store as tables
+from federation import tables
 from federation.authority import open_authority, server_tls
 from federation.broadcast import ENROLMENT, FLEET, EnrolmentService, Feed, FleetService
 from federation.chunks import ChunkCache

@@ -1,6 +1,6 @@
-"""Commands of the server's side: ``airpeft server``, and how devices come into the fleet.
+"""Commands of ``airpeft fleet`` by which devices come into it: roster, token, authorise.
 
-The other verbs of ``airpeft fleet`` stand in :mod:`federation.fleet_cli`.
+The verbs for devices that are there stand in :mod:`federation.fleet_cli`.
 
 Exit codes: 0 done; 2 bad input, or the server said no.
 """
@@ -15,8 +15,6 @@ import typer
 
 from federation.errors import FederationError
 from federation.fleet_cli import fleet, tags_of
-from federation.rollout_cli import rollout
-from federation.server_cli import server
 from federation.shown import (
     HERE,
     AsFormat,
@@ -32,7 +30,7 @@ from federation.shown import (
 )
 from privacy.errors import PrivacyError
 
-__all__ = ["fleet", "rollout", "server"]
+__all__ = ["fleet"]
 
 
 @fleet.command("roster")
