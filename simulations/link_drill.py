@@ -33,10 +33,11 @@ from federation.keys import KeyFolder
 from protos.messages import EnrolRequest
 from protos.signed import ReleaseStatement
 from simulations.light_device import BASE_DIGEST, light_adapter
-from simulations.processes import ProcessError, read_json, wait_for
+from simulations.processes import ProcessError, hold_port, read_json, wait_for
 
 WAVES = ("2", "25%", "60%", "100%")
 HOST = "127.0.0.1"
+PORTS = ("fleet", "enrol", "api")  # that a server takes again when it starts again
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Server:
 
     def __init__(self, home: Path) -> None:
         self.home, self.kills = home, 0
+        self._held: list[socket.socket] = []
         self.start()
 
     def start(self) -> None:
@@ -170,10 +172,20 @@ class Server:
         self.endpoints = wait_for("the server", ready, check=self._check)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL; its ports stay its own."""
         self.process.kill()
         self.process.wait()
         self.kills += 1
+        if not self._held:
+            ports = (int(str(self.endpoints[k]).rpartition(":")[2]) for k in PORTS)
+            self._held = [hold_port(port) for port in ports]
+
+    def close(self) -> None:
+        """End it, and let go of its ports."""
+        self.process.kill()
+        self.process.wait()
+        for one in self._held:
+            one.close()
 
     def _check(self) -> None:
         if self.process.poll() is not None:
@@ -272,11 +284,12 @@ def drill(
         for process in processes:
             process.terminate()
         for process in processes:
-            process.wait(20)
+            process.wait(120)
     finally:
-        for process in (*processes, server.process):
+        for process in processes:
             process.kill()
             process.wait()
+        server.close()
         for link in links:
             link.close()
     homes = [folder / f"d-{number:02}" for number in range(devices)]
