@@ -6,6 +6,9 @@ run: ``pytest --hypothesis-profile=explore``.
 
 Some tests fork, to kill the child. gRPC would stop and start its threads around that, and dies in
 the child of a process that has a server or a channel open; it is told to leave a fork alone.
+
+Whatever the environment says about terminals, colours, proxies and AirPEFT's own settings is taken
+away, for the tests and for the processes that they start.
 """
 
 from __future__ import annotations
@@ -14,7 +17,13 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before anything imports gRPC
+# Before anything imports gRPC, Typer or Rich, which look at these when they are imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+_TERMINAL = {"columns", "lines", "terminal_width", "force_color", "py_colors", "github_actions"}
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
+for _name in tuple(os.environ):
+    if _name.lower() in _TERMINAL | _PROXIES or _name.startswith("AIRPEFT_"):
+        del os.environ[_name]
 
 _NO_CLOCK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
 
