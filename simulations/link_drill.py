@@ -33,11 +33,10 @@ from federation.keys import KeyFolder
 from protos.messages import EnrolRequest
 from protos.signed import ReleaseStatement
 from simulations.light_device import BASE_DIGEST, light_adapter
-from simulations.processes import ProcessError, hold_port, read_json, wait_for
+from simulations.processes import PORTS, ProcessError, hold_port, read_json, wait_for
 
 WAVES = ("2", "25%", "60%", "100%")
 HOST = "127.0.0.1"
-PORTS = ("fleet", "enrol", "api")  # that a server takes again when it starts again
 
 
 @dataclass(frozen=True)

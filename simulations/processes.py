@@ -155,7 +155,7 @@ def wait_for(
     what: str,
     probe: Callable[[], T | None],
     *,
-    seconds: float = 60.0,
+    seconds: float = 180.0,
     every: float = 0.05,
     check: Callable[[], None] = lambda: None,
 ) -> T:
@@ -178,6 +178,9 @@ def wait_for(
             raise ProcessError(f"waited {seconds:.0f} s for {what}, in vain")
         time.sleep(every)
     return found
+
+
+PORTS = ("fleet", "enrol", "api")  # of a server, as its endpoints.json calls them
 
 
 def hold_port(port: int) -> socket.socket:

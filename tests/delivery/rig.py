@@ -46,8 +46,7 @@ from protos.messages import (
     to_wire,
 )
 from protos.signed import CURRENT_ROUND, Assignment, ReleaseStatement, RoundDocument
-from simulations.link_drill import PORTS
-from simulations.processes import hold_port
+from simulations.processes import PORTS, hold_port
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
