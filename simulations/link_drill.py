@@ -193,7 +193,7 @@ class Server:
 
 def publish(server: Server, rank: int) -> tuple[str, int]:
     """A release for the light engine; its name and the bytes of its payload."""
-    adapter = light_adapter(1, rank)
+    adapter = light_adapter(1, rank, modules=2)
     made = payload.encode(adapter)
     statement = ReleaseStatement(
         channel="stable",

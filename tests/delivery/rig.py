@@ -249,9 +249,13 @@ class Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._call is not None:
-            self._call.cancel()
-        self._thread.join(120)
+
+        def over() -> bool:
+            if self._call is not None:  # perhaps a new one, begun just now
+                self._call.cancel()
+            return not self._thread.is_alive()
+
+        until(over, what="the watcher's end")
 
     @property
     def round(self) -> RoundDocument | None:
@@ -298,10 +302,10 @@ class Obedient:
             return
         self._done.add((document.sequence, name))
         event = self.verdict(name)
-        until(lambda: self._say(event, document, name), what="the report's acknowledgement")
-        if event is DeviceEvent.COMMITTED:
+        if event is DeviceEvent.COMMITTED:  # first, as devices do: what a report says is so
             self.running = name
             self.loaded.append(name)
+        until(lambda: self._say(event, document, name), what="the report's acknowledgement")
 
     def _say(self, event: DeviceEvent, document: RoundDocument, name: str) -> bool:
         try:
