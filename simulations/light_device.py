@@ -2,7 +2,7 @@
 
 For fleets of many processes on one machine, where the question is delivery and not language: the
 link, trust, slots and reports are the ones that devices run; only the engine is small. It knows
-two classes and two matrices that may be adapted, in NumPy.
+two classes and three matrices that may be adapted, in NumPy.
 
     python -m simulations.light_device HOME [MAX_SECONDS_BETWEEN_TRIES]
 
@@ -44,7 +44,7 @@ from protos.messages import Heartbeat, MetadataBundle, WatchRequest
 
 WIDTH = 4096
 LABELS = ("no", "yes")
-MODULES = ("encoder", "decoder")
+MODULES = ("encoder", "decoder", "pooler")
 BASE_DIGEST = "sha256:" + hashlib.sha256(b"airpeft light engine 1").hexdigest()
 
 

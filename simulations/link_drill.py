@@ -32,7 +32,7 @@ from federation.client import OperatorClient
 from federation.keys import KeyFolder
 from protos.messages import EnrolRequest
 from protos.signed import ReleaseStatement
-from simulations.light_device import BASE_DIGEST, light_adapter
+from simulations.light_device import BASE_DIGEST, MODULES, light_adapter
 from simulations.processes import PORTS, ProcessError, hold_port, read_json, wait_for
 
 WAVES = ("2", "25%", "60%", "100%")
@@ -193,7 +193,7 @@ class Server:
 
 def publish(server: Server, rank: int) -> tuple[str, int]:
     """A release for the light engine; its name and the bytes of its payload."""
-    adapter = light_adapter(1, rank, modules=2)
+    adapter = light_adapter(1, rank, modules=len(MODULES))
     made = payload.encode(adapter)
     statement = ReleaseStatement(
         channel="stable",
