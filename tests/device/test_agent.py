@@ -313,7 +313,7 @@ def test_a_release_that_kills_the_process_is_given_up(gateway, device, runtime, 
 
         def load(self, adapter, *, name):
             entered.set()
-            go.wait(60)
+            go.wait(240)
             raise SystemExit
 
     deaths = []
