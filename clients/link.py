@@ -45,19 +45,31 @@ class Backoff:
 
 
 class Watchdog:
-    """Calls ``bite`` once if it is not fed for ``seconds``; one thread for the life of a call."""
+    """Calls ``bite`` once if it is not fed for ``seconds``; one thread for the life of a call.
 
-    def __init__(self, seconds: float, bite: Callable[[], Any]) -> None:
-        self._seconds, self._bite = seconds, bite
+    Args:
+        seconds: of silence that are too many.
+        bite: called from the watchdog's own thread.
+        clock: monotonic seconds; looked at whenever something changes, and every ``seconds``.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        bite: Callable[[], Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds, self._bite, self._clock = seconds, bite, clock
         self._changed = threading.Condition()
-        self._deadline: float | None = time.monotonic() + seconds
+        self._deadline: float | None = clock() + seconds
         self._ended = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def feed(self) -> None:
         """Something came; count again from now."""
         with self._changed:
-            self._deadline = time.monotonic() + self._seconds
+            self._deadline = self._clock() + self._seconds
             self._changed.notify()
 
     def rest(self) -> None:
@@ -82,7 +94,7 @@ class Watchdog:
     def _watch(self) -> None:
         with self._changed:
             while not self._ended:
-                left = None if self._deadline is None else self._deadline - time.monotonic()
+                left = None if self._deadline is None else self._deadline - self._clock()
                 if left is not None and left <= 0:
                     break
                 self._changed.wait(left)

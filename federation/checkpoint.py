@@ -5,7 +5,8 @@ the round, and the digest of the state) and ``state.safetensors`` (the adapter a
 The records of all rounds are kept, the states of the last two.
 
     >>> import tempfile
-    >>> Checkpoints(Path(tempfile.mkdtemp()), run="demo").latest() is None
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Checkpoints(Path(folder), run="demo").latest() is None
     True
 """
 

@@ -8,11 +8,13 @@ everything signed can be told to people by name. A passphrase is an argument her
 from (prompt, environment, file) is for the caller to say, and a command line is never the place.
 
     >>> import tempfile, pathlib
-    >>> folder = generate(pathlib.Path(tempfile.mkdtemp()), ["root-1", "root-2"], passphrase="open")
+    >>> place = tempfile.TemporaryDirectory()
+    >>> folder = generate(pathlib.Path(place.name), ["root-1", "root-2"], passphrase="open")
     >>> folder.names()
     ('root-1', 'root-2')
     >>> folder.signer("root-1", "open").public_key.keyid == folder.public("root-1").keyid
     True
+    >>> place.cleanup()
 """
 
 from __future__ import annotations

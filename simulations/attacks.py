@@ -54,7 +54,7 @@ def replayed_release(demo: Demo) -> Attack:
         refused = [s.get("last_reason") == "metadata-rollback" for s in told]
         return True if all(refused) else None
 
-    wait_for("all devices to refuse the replay", all_refused, seconds=90, every=0.3)
+    wait_for("all devices to refuse the replay", all_refused, seconds=180, every=0.3)
     after = _running(fleet)
     fleet.kill_server()
     fleet.start_server()
@@ -68,7 +68,7 @@ def replayed_release(demo: Demo) -> Attack:
                 count += any(r.get("reason") == "metadata-rollback" for r in told)
         return count if count == len(fleet.devices) else None
 
-    count = wait_for("the reports of the replay", reported, seconds=90, every=0.5)
+    count = wait_for("the reports of the replay", reported, seconds=180, every=0.5)
     return Attack(
         "replayed old release",
         refused=after == running and count == len(fleet.devices),
@@ -178,7 +178,7 @@ def _verdict(
 
 def _status(url: str) -> dict[str, Any]:
     try:
-        reply = httpx.get(f"{url}/v1/status", timeout=10.0, trust_env=False)
+        reply = httpx.get(f"{url}/v1/status", timeout=30.0, trust_env=False)
         return dict(reply.raise_for_status().json())
     except (httpx.HTTPError, ValueError):
         return {}

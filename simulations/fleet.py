@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -24,7 +25,15 @@ from aggregation import durable
 from federation.client import OperatorClient
 from federation.keys import KeyFolder
 from federation.release import ReleaseOptions, assemble, make_request, sign
-from simulations.processes import Child, Children, ProcessError, read_json, wait_for
+from simulations.processes import (
+    PORTS,
+    Child,
+    Children,
+    ProcessError,
+    hold_port,
+    read_json,
+    wait_for,
+)
 
 THRESHOLD = 2
 WAVES = ("1", "100%")
@@ -84,6 +93,7 @@ class Fleet:
     devices: Sequence[DevicePlan]
     server: Child | None = None
     running: dict[str, Child] = field(default_factory=dict)
+    held: list[socket.socket] = field(default_factory=list)
 
     @property
     def server_home(self) -> Path:
@@ -102,7 +112,7 @@ class Fleet:
         before = read_json(self.server_home / "endpoints.json") or {}
         ports = [
             f"--{kind}-port={str(before[kind]).rpartition(':')[2]}"
-            for kind in ("fleet", "enrol", "api")
+            for kind in PORTS
             if kind in before
         ]
         (home / "endpoints.json").unlink(missing_ok=True)
@@ -114,9 +124,13 @@ class Fleet:
         wait_for("the server", lambda: read_json(path), check=self.children.check)
 
     def kill_server(self) -> None:
-        """As a power cut would."""
+        """As a power cut would; its ports are kept for the one that comes next."""
         if self.server is not None:
+            found = read_json(self.server_home / "endpoints.json") or {}
             self.server.kill()
+            if not self.held:
+                ports = (found[kind] for kind in PORTS if kind in found)
+                self.held = [hold_port(int(str(port).rpartition(":")[2])) for port in ports]
 
     def operator(self) -> OperatorClient:
         """The operator's door, with the token that lies in the server's folder."""
@@ -147,7 +161,7 @@ class Fleet:
             path.write_text(json.dumps(ticket))
             command = [sys.executable, "-m", "airpeft", "device", "enrol", str(path)]
             command += ["--home", str(path.parent), "--base", self.base]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise ProcessError(f"{device.name} could not enrol: {done.stderr or done.stdout}")
 

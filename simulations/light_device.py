@@ -2,7 +2,7 @@
 
 For fleets of many processes on one machine, where the question is delivery and not language: the
 link, trust, slots and reports are the ones that devices run; only the engine is small. It knows
-two classes and one adapted matrix, in NumPy.
+two classes and three matrices that may be adapted, in NumPy.
 
     python -m simulations.light_device HOME [MAX_SECONDS_BETWEEN_TRIES]
 
@@ -44,14 +44,14 @@ from protos.messages import Heartbeat, MetadataBundle, WatchRequest
 
 WIDTH = 4096
 LABELS = ("no", "yes")
-MODULE = "encoder"
+MODULES = ("encoder", "decoder", "pooler")
 BASE_DIGEST = "sha256:" + hashlib.sha256(b"airpeft light engine 1").hexdigest()
 
 
-def light_adapter(seed: int, rank: int = 64) -> Adapter:
-    """An adapter for the light engine; at rank 256 its payload has about 3 MB."""
-    module = ModuleSpec(MODULE, WIDTH, WIDTH, rank, 2.0 * rank)
-    spec = AdapterSpec(BASE_DIGEST, (module,), task="sequence-classification", labels=LABELS)
+def light_adapter(seed: int, rank: int = 64, modules: int = 1) -> Adapter:
+    """An adapter for the light engine; at rank 256 its payload has about 3 MB for each module."""
+    adapted = tuple(ModuleSpec(m, WIDTH, WIDTH, rank, 2.0 * rank) for m in MODULES[:modules])
+    spec = AdapterSpec(BASE_DIGEST, adapted, task="sequence-classification", labels=LABELS)
     rng = np.random.default_rng(seed)
     return Adapter(
         spec,
@@ -64,7 +64,7 @@ class LightRuntime:
 
     kind = "numpy"
     base_digest = BASE_DIGEST
-    module_shapes: Mapping[str, tuple[int, int]] = {MODULE: (WIDTH, WIDTH)}
+    module_shapes: Mapping[str, tuple[int, int]] = dict.fromkeys(MODULES, (WIDTH, WIDTH))
 
     def __init__(self) -> None:
         self._base = AdapterVersion(BASE, "", LABELS)
@@ -79,8 +79,9 @@ class LightRuntime:
         """
         if adapter.spec.base_digest != self.base_digest:
             raise LoadError(f"{name} is for base {adapter.spec.base_digest}")
-        up, down = adapter.factors(MODULE)
-        return AdapterVersion(name, adapter.digest, LABELS, (down, up, adapter.spec.scale(MODULE)))
+        spec = adapter.spec
+        state = [(*adapter.factors(m.name), spec.scale(m.name)) for m in spec.modules]
+        return AdapterVersion(name, adapter.digest, LABELS, state)
 
     def publish(self, version: AdapterVersion | None, name: str = DEFAULT) -> AdapterVersion:
         """Make a version the current one, and hand back what was."""
@@ -104,8 +105,7 @@ class LightRuntime:
         for word in request.text.lower().split():
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
             hidden += np.random.default_rng(seed).normal(0, 1, WIDTH)
-        if request.version.state is not None:
-            down, up, scale = request.version.state
+        for up, down, scale in request.version.state or ():
             hidden = hidden + scale * (up @ (down @ hidden))
         logits = [float(value) / WIDTH for value in self._head @ hidden]
         total = sum(math.exp(value) for value in logits)

@@ -32,8 +32,8 @@ from federation.client import OperatorClient
 from federation.keys import KeyFolder
 from protos.messages import EnrolRequest
 from protos.signed import ReleaseStatement
-from simulations.light_device import BASE_DIGEST, light_adapter
-from simulations.processes import ProcessError, read_json, wait_for
+from simulations.light_device import BASE_DIGEST, MODULES, light_adapter
+from simulations.processes import PORTS, ProcessError, hold_port, read_json, wait_for
 
 WAVES = ("2", "25%", "60%", "100%")
 HOST = "127.0.0.1"
@@ -154,6 +154,7 @@ class Server:
 
     def __init__(self, home: Path) -> None:
         self.home, self.kills = home, 0
+        self._held: list[socket.socket] = []
         self.start()
 
     def start(self) -> None:
@@ -170,10 +171,20 @@ class Server:
         self.endpoints = wait_for("the server", ready, check=self._check)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL; its ports stay its own."""
         self.process.kill()
         self.process.wait()
         self.kills += 1
+        if not self._held:
+            ports = (int(str(self.endpoints[k]).rpartition(":")[2]) for k in PORTS)
+            self._held = [hold_port(port) for port in ports]
+
+    def close(self) -> None:
+        """End it, and let go of its ports."""
+        self.process.kill()
+        self.process.wait()
+        for one in self._held:
+            one.close()
 
     def _check(self) -> None:
         if self.process.poll() is not None:
@@ -182,7 +193,7 @@ class Server:
 
 def publish(server: Server, rank: int) -> tuple[str, int]:
     """A release for the light engine; its name and the bytes of its payload."""
-    adapter = light_adapter(1, rank)
+    adapter = light_adapter(1, rank, modules=len(MODULES))
     made = payload.encode(adapter)
     statement = ReleaseStatement(
         channel="stable",
@@ -272,11 +283,12 @@ def drill(
         for process in processes:
             process.terminate()
         for process in processes:
-            process.wait(20)
+            process.wait(120)
     finally:
-        for process in (*processes, server.process):
+        for process in processes:
             process.kill()
             process.wait()
+        server.close()
         for link in links:
             link.close()
     homes = [folder / f"d-{number:02}" for number in range(devices)]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -154,7 +155,7 @@ def wait_for(
     what: str,
     probe: Callable[[], T | None],
     *,
-    seconds: float = 60.0,
+    seconds: float = 180.0,
     every: float = 0.05,
     check: Callable[[], None] = lambda: None,
 ) -> T:
@@ -177,6 +178,29 @@ def wait_for(
             raise ProcessError(f"waited {seconds:.0f} s for {what}, in vain")
         time.sleep(every)
     return found
+
+
+PORTS = ("fleet", "enrol", "api")  # of a server, as its endpoints.json calls them
+
+
+def hold_port(port: int) -> socket.socket:
+    """Keep a port of a server that has ended for the one that takes its place.
+
+    The kernel hands out free ports to whoever asks for any, and a client would find a stranger
+    there. Bound and not listening, the port is nobody's: connections are refused, and a server
+    that asks for this very port, as all do that set ``SO_REUSEADDR``, gets it.
+
+    Returns:
+        what holds it; closed, it is free.
+    """
+    holder = socket.socket()
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", port))
+    except OSError:
+        holder.close()
+        raise
+    return holder
 
 
 def read_json(path: Path) -> Any | None:

@@ -10,13 +10,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(predicate: Callable[[], T], deadline: float = 20.0, *, what: str = "the condition") -> T:
+def until(
+    predicate: Callable[[], T],
+    deadline: float = 240.0,
+    *,
+    what: str = "the condition",
+    every: float = 0.02,
+) -> T:
     """Ask ``predicate`` until it answers with something true, and hand that out.
 
     Args:
-        predicate: cheap and free of side effects; asked about fifty times a second.
-        deadline: seconds from now after which the wait fails.
+        predicate: cheap; asked again and again.
+        deadline: seconds from now after which the wait fails. It only ends a test that hangs: a
+            machine may be slow, and what is to be quick is not shown by a clock.
         what: the thing waited for, named in the failure.
+        every: seconds between two questions.
 
     Raises:
         AssertionError: the deadline has passed; the message carries the last answer.
@@ -29,4 +37,4 @@ def until(predicate: Callable[[], T], deadline: float = 20.0, *, what: str = "th
             return answer
         if time.monotonic() > end:
             raise AssertionError(f"{what}: not there after {deadline:g} s; last seen: {answer!r}")
-        pause.wait(0.02)
+        pause.wait(every)

@@ -97,7 +97,7 @@ def find(name: str, hub: Hub, home: Path, *, offline: bool) -> subprocess.Comple
     }
     code = f"from clients.base import find_base; b = find_base({name!r}); print(b.name, b.digest)"
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
     )
 
 

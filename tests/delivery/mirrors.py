@@ -33,16 +33,16 @@ def serving(
     ready, thread = threading.Event(), threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(server.start(HOST, 0, tls), loop).result(20)
+        asyncio.run_coroutine_threadsafe(server.start(HOST, 0, tls), loop).result(120)
         ready.set()
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(20)
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(120)
         close = getattr(shelf, "close", None)
         if close is not None:
-            asyncio.run_coroutine_threadsafe(close(), loop).result(20)
+            asyncio.run_coroutine_threadsafe(close(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
+        thread.join(120)
         loop.close()
 
 
@@ -83,7 +83,7 @@ class Rogue:
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self._server.shutdown()
-        self._thread.join(10)
+        self._thread.join(120)
         self._server.server_close()
 
     def answer(self, handler: Any, folder: Path, way: str, after: int) -> None:
@@ -123,7 +123,7 @@ class Rogue:
             handler.wfile.write(body[:after])
             handler.wfile.flush()
             if way == "stall":
-                self.over.wait(20)
+                self.over.wait(120)
             for one in body[after:] if way == "drip" else b"":
                 if self.over.wait(0.01):
                     break

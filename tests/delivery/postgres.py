@@ -66,13 +66,13 @@ class Database:
         command = [*AS_USER, program, "-D", str(self.folder / "data"), *options]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
-        until(self._answers, 60.0, what="PostgreSQL")
+        until(self._answers, what="PostgreSQL")
 
     def stop(self) -> None:
         """At once: every connection is cut."""
         if self.process is not None:
             self.process.send_signal(signal.SIGQUIT)
-            self.process.wait(20)
+            self.process.wait(120)
             self.process = None
 
     def remove(self) -> None:

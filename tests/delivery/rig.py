@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ from protos.messages import (
     to_wire,
 )
 from protos.signed import CURRENT_ROUND, Assignment, ReleaseStatement, RoundDocument
+from simulations.processes import PORTS, hold_port
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +79,7 @@ class ServerProcess:
     arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     endpoints: dict[str, Any] = field(default_factory=dict)
+    held: list[socket.socket] = field(default_factory=list)
 
     @property
     def own(self) -> Path:
@@ -93,7 +96,7 @@ class ServerProcess:
         command += ["--die-with-parent", *self.arguments]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         log.close()
-        self.endpoints = until(self._ready, 60.0, what="endpoints.json")
+        self.endpoints = until(self._ready, what="endpoints.json")
         return self
 
     def _ready(self) -> dict[str, Any] | None:
@@ -111,13 +114,23 @@ class ServerProcess:
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(120)
+        self._hold()
 
     def stop(self) -> int:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        code = self.process.wait(120)
+        self._hold()
+        return code
+
+    def _hold(self) -> None:
+        """Other tests beside this one ask for free ports: these are for its next start."""
+        ports = [self.endpoints[name] for name in PORTS if name in self.endpoints]
+        before, self.held = self.held, [hold_port(int(p.rpartition(":")[2])) for p in ports]
+        for one in before:
+            one.close()
 
     def operator(self) -> OperatorClient:
         return OperatorClient.of_home(self.home)
@@ -186,7 +199,7 @@ class Device:
     def fetch(self, path: str, offset: int = 0) -> bytes:
         with self.connect() as stub:
             request = to_wire(FetchRequest(path, offset))
-            return b"".join(chunk.data for chunk in stub.Fetch(request, timeout=20))
+            return b"".join(chunk.data for chunk in stub.Fetch(request, timeout=120))
 
     def report(self, event: DeviceEvent, **fields: Any) -> int:
         return self.send([self.signed(event, **fields)])
@@ -201,7 +214,7 @@ class Device:
     def send(self, reports: list[SignedReport]) -> int:
         with self.connect() as stub:
             batch = to_wire(ReportBatch(reports=tuple(reports)))
-            return int(from_wire(stub.Report(batch, timeout=20)).accepted_through)
+            return int(from_wire(stub.Report(batch, timeout=120)).accepted_through)
 
 
 def enrol(endpoints: dict[str, Any], token: str, request: bytes) -> EnrolReply:
@@ -213,7 +226,7 @@ def enrol(endpoints: dict[str, Any], token: str, request: bytes) -> EnrolReply:
             certificate_request=request,
             inventory=Inventory(runtime="torch", base_digest=DIGEST),
         )
-        reply: EnrolReply = from_wire(stub.Enrol(to_wire(message), timeout=20))
+        reply: EnrolReply = from_wire(stub.Enrol(to_wire(message), timeout=120))
         return reply
 
 
@@ -236,9 +249,13 @@ class Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._call is not None:
-            self._call.cancel()
-        self._thread.join(10)
+
+        def over() -> bool:
+            if self._call is not None:  # perhaps a new one, begun just now
+                self._call.cancel()
+            return not self._thread.is_alive()
+
+        until(over, what="the watcher's end")
 
     @property
     def round(self) -> RoundDocument | None:
@@ -285,10 +302,10 @@ class Obedient:
             return
         self._done.add((document.sequence, name))
         event = self.verdict(name)
-        until(lambda: self._say(event, document, name), 90.0, what="the report's acknowledgement")
-        if event is DeviceEvent.COMMITTED:
+        if event is DeviceEvent.COMMITTED:  # first, as devices do: what a report says is so
             self.running = name
             self.loaded.append(name)
+        until(lambda: self._say(event, document, name), what="the report's acknowledgement")
 
     def _say(self, event: DeviceEvent, document: RoundDocument, name: str) -> bool:
         try:

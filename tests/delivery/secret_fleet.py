@@ -151,7 +151,7 @@ def running(home: Path, sources: Sources | None = None, connect: Any = Connectio
         yield runtime
     finally:
         agent.stop()
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
 
 

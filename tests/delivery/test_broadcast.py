@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def test_many_streams_at_once_all_hear_each_change(tmp_path: Path) -> None:
                 services.FleetStub(channels[number % 3]).Watch(to_wire(WatchRequest()))
                 for number in range(150)
             ]
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 first = await asyncio.gather(*(call.read() for call in calls))
                 here.files["timestamp.json"] = b"two"
                 here.feed.wake()
@@ -94,7 +94,7 @@ def test_many_streams_at_once_all_hear_each_change(tmp_path: Path) -> None:
             assert {event.bundle.files["timestamp.json"] for event in second} == {b"two"}
             assert here.metrics.streams._value.get() == 150
             here.feed.close()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(120):
                 ends = await asyncio.gather(*(call.code() for call in calls))
             assert set(ends) == {grpc.StatusCode.UNAVAILABLE}
             for channel in channels:
@@ -110,7 +110,7 @@ def test_a_download_too_many_is_told_when_to_come_back(tmp_path: Path) -> None:
             open_aio_channel(f"127.0.0.1:{here.port}", here.tls) as channel,
         ):
             stub = services.FleetStub(channel)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 for _ in range(3):  # a place is given back, however the download ends
                     call: Any = stub.Fetch(to_wire(FetchRequest("file")))
                     assert sum([len(chunk.data) async for chunk in call]) == 5 * CHUNK
@@ -121,7 +121,7 @@ def test_a_download_too_many_is_told_when_to_come_back(tmp_path: Path) -> None:
             open_aio_channel(f"127.0.0.1:{here.port}", here.tls) as channel,
         ):
             call = services.FleetStub(channel).Fetch(to_wire(FetchRequest("file")))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 trailing = dict(await call.trailing_metadata())
             assert 500 <= int(trailing["retry-after-ms"]) < 3000  # one turned away, of no places
@@ -235,5 +235,5 @@ def test_a_server_certificate_near_its_end_is_renewed(tmp_path: Path) -> None:
     authority = open_authority(tmp_path, NOW)
     first = server_tls(authority, tmp_path, NOW, clients=False)
     assert server_tls(authority, tmp_path, NOW, clients=False) == first
-    later = NOW.replace(year=NOW.year + 1)
+    later = NOW + timedelta(days=365)
     assert server_tls(authority, tmp_path, later, clients=False).certificate != first.certificate

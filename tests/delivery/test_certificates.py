@@ -309,7 +309,7 @@ def test_expired_or_revoked_is_refused_on_the_wire_and_renewal_brings_back(
                 operator.revoke("kitchen", "stolen")
                 until(lambda: watcher.ended, what="the cut stream")
                 told = 'airpeft_requests_refused_total{call="watch",reason="not-admitted"}'
-                assert told in operator.metrics()
+                until(lambda: told in operator.metrics(), what="its reason")
         assert not keeper.renew()
         with pytest.raises(grpc.RpcError, match="revoked-device"):
             enrol(device.enrolment, "", request_for(device.key))

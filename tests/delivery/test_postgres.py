@@ -117,9 +117,9 @@ def test_two_gateways_share_a_rollout_and_one_is_killed(pair: Pair) -> None:
             rollout = operator.start_rollout(name, ["1", "3", "100%"], policy=policy)["id"]
         until(lambda: any(one.loaded for one in fleet), what="the canary's commit")
         west.kill()  # the one that decides
-        until(east.decides, 10.0, what="the other one decides")
+        until(east.decides, what="the other one decides")
         with east.operator() as operator:
-            until(lambda: operator.rollout(rollout)["state"] == "done", 30.0, what="done")
+            until(lambda: operator.rollout(rollout)["state"] == "done", what="done")
             told = operator.rollout(rollout)["devices"]
             assert {d["outcome"] for d in told} == {"committed"}
             assert {d["attempts"] for d in told} == {0}
@@ -135,7 +135,7 @@ def test_two_gateways_share_a_rollout_and_one_is_killed(pair: Pair) -> None:
                 ),
                 what="the release at the other gateway",
             )
-            until(lambda: operator.rollout(rollout)["state"] == "done", 30.0, what="done")
+            until(lambda: operator.rollout(rollout)["state"] == "done", what="done")
             verdict = operator.verify_audit()
             assert verdict["sound"], verdict
         until(lambda: [one.loaded for one in fleet] == [[name, second]] * 6, what="both, once")
@@ -172,8 +172,11 @@ def test_what_one_gateway_admits_or_revokes_holds_at_the_other(
         west.publish(1, b"pushed across", channel="across")
         until(lambda: len(watcher.bundles) > seen, what="the other gateway's push")
         operator.revoke(device.name, "stolen")
-        until(lambda: watcher.ended is not None, what="the end of the stream")
-        assert watcher.ended.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[union-attr]
+        denied = grpc.StatusCode.PERMISSION_DENIED
+        until(
+            lambda: watcher.ended and watcher.ended.code() is denied,  # type: ignore[attr-defined]
+            what="the end of the stream",
+        )
     with pytest.raises(grpc.RpcError, match="was revoked"):
         device.report(DeviceEvent.HEALTH)
 
@@ -190,7 +193,7 @@ def test_a_token_is_used_once_at_whichever_gateway(
 
     def use(endpoints: dict[str, Any]) -> str:
         request = request_for(new_key())
-        start.wait(10)
+        start.wait(120)
         try:
             return enrol(endpoints, endpoints["token"], request).device_id
         except grpc.RpcError as error:
@@ -234,7 +237,7 @@ def test_the_database_goes_away_and_comes_back(database: Database, pair: Pair) -
             database.start()
         until(lambda: not operator.health()["trouble"], what="it answers again")
         assert device.send([report]) == 1
-        assert until(lambda: west.decides() or east.decides(), 5.0, what="one that decides")
+        assert until(lambda: west.decides() or east.decides(), what="one that decides")
 
 
 # --- the same invariants on both kinds of database ------------------------------------------------
@@ -435,7 +438,7 @@ def test_one_that_hangs_while_it_decides_must_give_way(database: Database) -> No
         ):
             assert hanging.takes(*lock)
             assert not other.takes(*lock)
-            assert not other.ends_silent(*lock, 15.0)
+            assert not other.ends_silent(*lock, 3600.0)
             assert until(lambda: other.ends_silent(*lock, 0.0), what="its end")
             assert until(lambda: other.takes(*lock), what="the other one's turn")
             hanging.ping()

@@ -190,7 +190,7 @@ def test_server_gone_and_back(gateway, device, runtime, adapters):
         running.serves("stable-2")
         gateway.heard(DeviceEvent.COMMITTED, "stable-2")
         gateway.heard(DeviceEvent.HEALTH)
-        assert running.connections < 60, "it backs off"
+        assert len(running.waits) >= running.connections - 1, "it backs off before each try"
 
 
 def test_downloads_that_are_cut_go_on_at_the_byte(gateway, device, runtime, adapters):
@@ -313,14 +313,14 @@ def test_a_release_that_kills_the_process_is_given_up(gateway, device, runtime, 
 
         def load(self, adapter, *, name):
             entered.set()
-            go.wait(60)
+            go.wait(240)
             raise SystemExit
 
     deaths = []
     for _ in range(3):
         entered.clear()
         running = Running(device, Deadly())
-        assert entered.wait(20)
+        assert entered.wait(120)
         deaths.append(running)
     go.set()
     with Running(device, runtime):
@@ -357,9 +357,9 @@ def test_a_revoked_device_serves_on_and_asks_rarely(gateway, device, runtime, ad
         gateway.changed()
         until(lambda: "permission-denied" in running.agent.status.link, what="the refusal")
         assert runtime.pin().name == "stable-1"
-        who = running.connections
-        assert not threading.Event().wait(0.5)
-        assert running.connections - who <= 3
+        before = len(running.waits)
+        until(lambda: len(running.waits) >= before + 2, what="two more refusals")
+        assert min(running.waits[before:]) >= 0.3, "it asks rarely"
         assert not running.agent.status.online
 
 
@@ -419,8 +419,12 @@ def test_what_waits_for_its_window_is_installed_though_the_link_is_gone(
         gateway.heard(DeviceEvent.COMMITTED, "stable-1")
 
 
-def watching(**changes) -> InstallPolicy:
-    return InstallPolicy(watch=WatchPolicy(seconds=600.0, every=0.02, strikes=2, **changes))
+# A machine that is busy with other things must not be taken for a release that is slow.
+PATIENT = {"every": 0.02, "strikes": 2, "latency_slack_ms": 600_000.0}
+
+
+def watching() -> InstallPolicy:
+    return InstallPolicy(watch=WatchPolicy(seconds=600.0, **PATIENT))
 
 
 def test_a_release_that_makes_the_device_worse_goes_back_by_itself(
@@ -433,7 +437,7 @@ def test_a_release_that_makes_the_device_worse_goes_back_by_itself(
         running.serves("stable-2")
         assert running.agent._installer.watch.watched is not None
         # From now on no growth is small enough.
-        policy = WatchPolicy(every=0.02, strikes=2, memory_factor=0.1, memory_slack_bytes=0)
+        policy = WatchPolicy(**PATIENT, memory_factor=0.1, memory_slack_bytes=0)
         running.agent._installer.watch._policy = policy
         report = gateway.heard(DeviceEvent.REVERTED, "stable-2")
         assert report.reason is RejectReason.HEALTH_REGRESSED
@@ -450,9 +454,10 @@ def test_a_release_that_stays_well_is_no_longer_watched_after_its_bake(
     gateway, device, runtime, adapters
 ):
     gateway.order(gateway.release(adapters[0], 1), rollout="r1")
-    policy = InstallPolicy(watch=WatchPolicy(seconds=0.2, every=0.02))
+    policy = InstallPolicy(watch=WatchPolicy(seconds=0.2, **PATIENT))
     with Running(device, runtime, policy=policy) as running:
-        running.serves("stable-1")
+        gateway.heard(DeviceEvent.COMMITTED, "stable-1")
         watch = running.agent._installer.watch
         until(lambda: watch.watched is None, what="the end of the bake")
+        assert runtime.pin().name == "stable-1"
         assert events(gateway, "stable-1")[-1] is DeviceEvent.COMMITTED

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 
 import httpx
@@ -7,6 +8,7 @@ import pytest
 
 from clients.endpoint import MAX_BODY, DeviceMetrics, Endpoint, EndpointError
 from tests.device.tiny import LABELS, TEXTS, make_adapter
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def endpoint(runtime):
 
 @pytest.fixture
 def http(endpoint):
-    with httpx.Client(base_url=f"http://127.0.0.1:{endpoint.port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{endpoint.port}", timeout=120) as client:
         yield client
 
 
@@ -69,26 +71,30 @@ def test_no_request_fails_during_swaps(base, runtime, http, endpoint):
     for version in versions:
         runtime.publish(version)
         expected[version.digest] = http.post("/v1/classify", json={"texts": list(TEXTS)}).json()
-    stop, problems, seen = threading.Event(), [], set()
+    stop, problems, seen = threading.Event(), [], list[str]()
 
     def ask():
-        with httpx.Client(base_url=f"http://127.0.0.1:{endpoint.port}") as client:
-            for _ in range(40):
+        with httpx.Client(base_url=f"http://127.0.0.1:{endpoint.port}", timeout=120) as client:
+            while not stop.is_set():
                 answer = client.post("/v1/classify", json={"texts": list(TEXTS)})
                 if answer.status_code != 200 or answer.json() != expected[answer.json()["adapter"]]:
                     problems.append(answer.text)
-                seen.add(answer.json()["adapter"])
-        stop.set()
+                seen.append(answer.json()["adapter"])
 
     thread = threading.Thread(target=ask)
     thread.start()
-    turn = 0
-    while not stop.wait(0.002):
-        turn += 1
-        runtime.publish(versions[turn % 2])
-    thread.join()
+    turns = itertools.cycle(versions)
+
+    def swapped() -> bool:
+        runtime.publish(next(turns))
+        return len(seen) >= 40 and len(set(seen)) == 2
+
+    try:
+        until(swapped, every=0.002, what="forty answers, and of both versions")
+    finally:
+        stop.set()
+        thread.join()
     assert not problems
-    assert len(seen) == 2
 
 
 def test_a_port_in_use_is_named(endpoint, runtime):

@@ -107,7 +107,7 @@ class Unit:
         until(lambda: not reporter._unwritten and not self.queue.pending(), what="the rest")
         self.agent.stop()
         self.queue.arrived.set()
-        thread.join(20)
+        thread.join(120)
 
     def events(self, release: str) -> list[tuple[DeviceEvent, RejectReason | None]]:
         return [(one.event, one.reason) for one in self.told if one.release == release]

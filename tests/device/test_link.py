@@ -29,15 +29,19 @@ def test_a_fleet_comes_back_spread_out():
 
 
 def test_watchdog_bites_on_silence_only():
-    bitten = threading.Event()
-    with Watchdog(0.2, bitten.set) as dog:
+    now, bitten, late = [0.0], threading.Event(), threading.Event()
+    with Watchdog(0.2, bitten.set, clock=lambda: now[0]) as dog:
         for _ in range(10):
-            assert not bitten.wait(0.05)
+            now[0] += 0.15
             dog.feed()
         dog.rest()
-        assert not bitten.wait(0.4), "the receiver's own work is not silence"
+        now[0] += 60.0
+        assert not bitten.wait(0.3), "the receiver's own work is not silence"
         dog.feed()
-        until(bitten.is_set, 5.0, what="the bite")
-    with Watchdog(0.05, bitten.set):
-        bitten.clear()
-    assert not bitten.wait(0.2), "a call that has ended is left alone"
+        assert not bitten.is_set()
+        now[0] += 0.25
+        until(bitten.is_set, what="the bite")
+    with Watchdog(0.05, late.set, clock=lambda: now[0]):
+        pass
+    now[0] += 60.0
+    assert not late.wait(0.2), "a call that has ended is left alone"

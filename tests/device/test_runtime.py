@@ -19,6 +19,7 @@ from clients.model import build, tokenizer
 from clients.peft_runtime import PeftRuntime
 from clients.runtime import LoadError, Request, RequestError
 from tests.device.tiny import LABELS, TEXTS, make_adapter
+from tests.waiting import until
 
 
 def scores(runtime, version, texts=TEXTS):
@@ -93,22 +94,17 @@ def test_swaps_under_load_never_mix_weights(base, runtime):
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=work) for work in (ask, ask, swap)]
+    for thread in threads:
+        thread.start()
     try:
-        threads = [threading.Thread(target=ask) for _ in range(2)]
-        threads += [threading.Thread(target=swap)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + 20
-        while (answers[0] < 60 or swaps[0] < 2000) and time.monotonic() < deadline:
-            stop.wait(0.02)
+        until(lambda: answers[0] >= 60 and swaps[0] >= 2000, what="60 answers and 2,000 swaps")
+    finally:
         stop.set()
         for thread in threads:
             thread.join()
-    finally:
         sys.setswitchinterval(interval)
     assert not wrong
-    assert answers[0] >= 60
-    assert swaps[0] >= 2000
 
 
 def test_old_version_dies_with_its_last_request(base, runtime):

@@ -77,7 +77,7 @@ def test_partial_download_survives_a_kill_and_goes_on_at_the_byte(home: Path):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = [sys.executable, "-c", script, str(home), sha(data)]
-    done = subprocess.run(command, input=data, timeout=60)
+    done = subprocess.run(command, input=data, timeout=120)
     assert done.returncode == -signal.SIGKILL
     partial = Slots(home).partial(sha(data), len(data))
     assert partial.offset == 123_457

@@ -57,7 +57,7 @@ def test_survives_a_kill_and_is_delivered_once(home: Path):
         "os.unlink = kill\n"  # confirmed, and killed before the first deletion
         "q.deliver(lambda batch: 3)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(home)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(home)], timeout=120)
     assert done.returncode == -signal.SIGKILL
     server = Server()
     server.last = 3  # the server has these

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -68,7 +67,7 @@ def test_a_lock_file_or_a_command_holds_the_install(tmp_path: Path) -> None:
     assert (held.seconds, held.why) == (7.0, "update.lock is there")
     (tmp_path / "update.lock").unlink()
     for code in (0, 3):
-        command = (sys.executable, "-c", f"raise SystemExit({code})")
+        command = ("sh", "-c", f"exit {code}")
         answer = permission(tmp_path, command=command).wait("")
         assert (answer is None) == (code == 0)
     gone = permission(tmp_path, command=("/no/such/command",)).wait("")

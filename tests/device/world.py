@@ -14,6 +14,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from federation.wrap_shelf import WrapShelf
 from protos.channel import serve
 from protos.messages import DeviceEvent, Report, decode_report
 from protos.signed import ReleaseStatement
+from simulations.processes import hold_port
 from tests.trust.fleet_of_one import Publisher
 from tests.waiting import until
 
@@ -88,6 +90,7 @@ class Gateway:
         self.hang = False
         self.fetches: list[tuple[str, int]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._held: list[socket.socket] = []
 
     # life
 
@@ -95,17 +98,21 @@ class Gateway:
         started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)))
         self._thread.start()
-        assert started.wait(20)
+        assert started.wait(120)
 
     def stop(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(20)
+            self._thread.join(120)
             self._loop = None
+            if not self._held:  # other tests beside this one ask for free ports
+                self._held = [hold_port(port) for port in (self.port, self.enrol_port)]
 
     def close(self) -> None:
         self.stop()
         self.store.close()
+        for one in self._held:
+            one.close()
 
     async def _main(self, started: threading.Event) -> None:
         self._stop, self._feed = asyncio.Event(), Feed(lambda after: self.source(after))
@@ -213,6 +220,17 @@ def enrolled(gateway: Gateway, home: Path, name: str = "d-1") -> Identity:
     return identity.save(home, reply, key_pem=key, fleet=f"{HOST}:{gateway.port}")
 
 
+@dataclass
+class Recorded(Backoff):
+    """Remembers what it has said."""
+
+    waits: list[float] = field(default_factory=list)
+
+    def next(self, at_least: float = 0.0) -> float:
+        self.waits.append(super().next(at_least))
+        return self.waits[-1]
+
+
 class Running:
     """An agent in this process, on a thread of its own."""
 
@@ -230,11 +248,19 @@ class Running:
         who = identity.load(home)
         rng = random.Random(3)  # noqa: S311
         self.connections = 0
+        self.waits: list[float] = []  # before each further try of the link, seconds
 
         def counted() -> Connection:
             self.connections += 1
             return connect(who)
 
+        def backoff(base: float, cap: float) -> Backoff:
+            if self._link is None:  # an agent makes the one of its link first
+                self._link = Recorded(rng, base=base, cap=cap, waits=self.waits)
+                return self._link
+            return Backoff(rng, base=base, cap=cap)
+
+        self._link: Backoff | None = None
         self.slots, self.runtime = Slots(home), runtime
         self.queue = ReportQueue(
             home,
@@ -257,7 +283,7 @@ class Running:
                 install=policy or InstallPolicy(), reconnect=(0.02, 0.3), later=later
             ),
             now=lambda: datetime.now(UTC),
-            backoff=lambda base, cap: Backoff(rng, base=base, cap=cap),
+            backoff=backoff,
             permission=permission,
         )
         self.agent.start()
@@ -266,7 +292,7 @@ class Running:
 
     def stop(self) -> None:
         self.agent.stop()
-        self._thread.join(20)
+        self._thread.join(120)
         assert not self._thread.is_alive()
 
     def serves(self, name: str) -> None:

@@ -23,6 +23,7 @@ from federation.strategy import Reply, TrainingResult
 from protos import flower
 from simulations.grid import FIRST_NODE, InProcess, LocalGrid
 from tests.aggregation.adapters import products, relative
+from tests.simulations.fair_grid import FairGrid
 from tests.simulations.toy import SPEC, START, Behaviour, honest, lying, settings, toy_app
 
 
@@ -250,18 +251,20 @@ def test_if_everybody_fails_the_versions_pass_and_nothing_changes() -> None:
 
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_client_that_never_answers_holds_up_nobody(lanes: int) -> None:
-    free = threading.Event()
+    free, hung = threading.Event(), set[str]()
 
     def stuck(task: flower.TrainTask, client: str) -> Update | flower.ClientFault:
         if client == "client-00003" and task.round == 1:
-            free.wait(20)
+            hung.add(client)
+            free.wait(240)
         return honest(task, client)
 
-    try:
-        config = buffered(fraction=1.0, deadline_seconds=0.3)
-        result = run(stuck, config, lanes=lanes)
-    finally:
-        free.set()
+    config, workers = buffered(fraction=1.0, deadline_seconds=0.3), [InProcess()] * lanes
+    with FairGrid(toy_app(stuck), config.clients, hung=hung, workers=workers) as grid:
+        try:
+            result = run_training(grid, config, initial=START)
+        finally:
+            free.set()
     late = [r for r in result.rounds if r.refused]
     assert [r.refused for r in late] == [{"client-00003": "late"}]
     assert all(len(r.used) == 3 for r in result.rounds[1:])
@@ -269,14 +272,14 @@ def test_a_client_that_never_answers_holds_up_nobody(lanes: int) -> None:
 
 def test_real_clients_are_taken_as_they_come() -> None:
     """The one that a simulation would wait for first is held back, and the others go on."""
-    config = buffered(data_folder="", fraction=1.0, rounds=2, deadline_seconds=20)
+    config = buffered(data_folder="", fraction=1.0, rounds=2, deadline_seconds=240)
     names = [flower.client_name(i) for i in range(8)]
     first = min(names, key=lambda name: simulated_seconds(11, name, 1))
     free = threading.Event()
 
     def slow(task: flower.TrainTask, client: str) -> Update | flower.ClientFault:
         if client == first and task.round == 1:
-            free.wait(20)
+            free.wait(240)
         return honest(task, client)
 
     try:

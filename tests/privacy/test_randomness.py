@@ -54,8 +54,12 @@ def test_processes_that_come_at_once_get_the_same_secret(tmp_path: Path) -> None
     for number in range(6):
         child = os.fork()
         if child == 0:
-            (tmp_path / f"saw-{number}").write_bytes(device_key(path))
-            os._exit(0)
+            status = 1
+            try:
+                (tmp_path / f"saw-{number}").write_bytes(device_key(path))
+                status = 0
+            finally:
+                os._exit(status)
         children.append(child)
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     assert len({(tmp_path / f"saw-{n}").read_bytes() for n in range(6)}) == 1

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from aggregation import peft_layout
+from tests.processes import hearing
 from tests.waiting import until
 
 SMALL = [
@@ -25,14 +26,14 @@ SMALL = [
 ]
 
 
-def start(out: Path, *more: str) -> subprocess.Popen[str]:
+def start(out: Path, sockets: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "airpeft", "demo", "--out", str(out), *SMALL, *more]
     return subprocess.Popen(
-        command,
+        hearing(command),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(sockets)},
         start_new_session=True,
     )
 
@@ -48,9 +49,9 @@ def of_run(out: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_the_whole_loop(tmp_path: Path) -> None:
-    demo = start(tmp_path / "run", "--format", "json")
-    output, errors = demo.communicate(timeout=230)
+def test_the_whole_loop(tmp_path: Path, sockets: Path) -> None:
+    demo = start(tmp_path / "run", sockets, "--format", "json")
+    output, errors = demo.communicate(timeout=400)
     assert demo.returncode == 0, errors[-3000:]
     told = json.loads(output)
     data = told["data"]
@@ -82,31 +83,33 @@ def test_the_whole_loop(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_however_it_ends_no_child_is_left(tmp_path: Path, how: signal.Signals) -> None:
-    demo = start(tmp_path / "run")
+def test_however_it_ends_no_child_is_left(
+    tmp_path: Path, sockets: Path, how: signal.Signals
+) -> None:
+    demo = start(tmp_path / "run", sockets)
     try:
         # Server, two devices; the trainers carry the ledger's path.
-        until(lambda: len(of_run(tmp_path)) >= 5, deadline=90, what="all children run")
+        until(lambda: len(of_run(tmp_path)) >= 5, what="all children run")
         demo.send_signal(how)
-        demo.wait(30)
+        demo.wait(120)
     finally:
         demo.kill()
         demo.communicate()
     assert demo.returncode == (3 if how is signal.SIGINT else -signal.SIGKILL)
-    assert until(lambda: not of_run(tmp_path), deadline=30, what="no child is left")
+    assert until(lambda: not of_run(tmp_path), what="no child is left")
 
 
-def test_a_folder_with_a_demo_in_it_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_a_demo_in_it_is_refused(tmp_path: Path, sockets: Path) -> None:
     (tmp_path / "run" / "fleet").mkdir(parents=True)
-    demo = start(tmp_path / "run")
-    output, errors = demo.communicate(timeout=60)
+    demo = start(tmp_path / "run", sockets)
+    output, errors = demo.communicate(timeout=120)
     assert demo.returncode == 1
     assert "choose another folder" in output + errors
 
 
-def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    demo = start(tmp_path / "run", "--set", "train.rank=0")
-    output, errors = demo.communicate(timeout=60)
+def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, sockets: Path) -> None:
+    demo = start(tmp_path / "run", sockets, "--set", "train.rank=0")
+    output, errors = demo.communicate(timeout=120)
     assert demo.returncode == 2
     assert "train.rank" in output + errors
     assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from federation.server_app import run_training
 from protos import flower
 from simulations.grid import FIRST_NODE, GridError, InProcess, LocalGrid
+from tests.simulations.fair_grid import FairGrid
 from tests.simulations.toy import START, honest, settings, toy_app
 from tests.waiting import until
 
@@ -84,18 +85,17 @@ def test_an_exception_becomes_an_error_without_its_text() -> None:
 
 
 def test_a_client_that_never_returns_is_left_behind_and_its_lane_replaced() -> None:
-    release = threading.Event()
+    release, hung = threading.Event(), set[str]()
 
     def stuck(task: flower.TrainTask, client: str) -> flower.Update:
         if client == "client-00002":
-            release.wait(30)
+            hung.add(client)
+            release.wait(240)
         return honest(task, client)
 
     worker = Counting()
-    with LocalGrid(toy_app(stuck), 3, workers=[worker]) as grid:
-        result = run_training(
-            grid, settings(clients=3, rounds=2, deadline_seconds=0.7), initial=START
-        )
+    with FairGrid(toy_app(stuck), 3, hung=hung, workers=[worker]) as grid:
+        result = run_training(grid, settings(clients=3, rounds=2), initial=START)
         release.set()
     assert [r.used for r in result.rounds[1:]] == [("client-00000", "client-00001")] * 2
     assert [r.refused for r in result.rounds[1:]] == [{"client-00002": "late"}] * 2

@@ -201,7 +201,7 @@ def device(home: Path, name: str, base: Path, data: Path) -> Iterator[tuple[Devi
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(20)
+        thread.join(120)
 
 
 def test_enrolled_devices_sum_with_a_roster_that_they_have_pinned(

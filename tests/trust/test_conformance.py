@@ -115,7 +115,7 @@ def test_as_a_process_of_its_own(client: Runner) -> None:
 
     def run(*words: str) -> int:
         command = [sys.executable, "-m", "clients.conformance", *words]
-        return subprocess.run(command, capture_output=True, timeout=60).returncode
+        return subprocess.run(command, capture_output=True, timeout=120).returncode
 
     assert run("--metadata-dir", str(client.trusted), "init", str(root)) == 0
     assert run(*client.words("refresh")) == 0

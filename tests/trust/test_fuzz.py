@@ -28,7 +28,9 @@ from protos.signed import (
 from tests.trust.fleet_of_one import Device, Publisher, statement, with_files
 
 QUIET = settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
