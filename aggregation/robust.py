@@ -61,6 +61,7 @@ class ProductRule(Reduce, ABC):
 
     delta = True
     robust = True
+    reference = "the updates as the rule weighs them"
     counts_unchanged = True  # who stays put has a say in where the others are
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
