@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aggregation.recipe import Recipe
 
 MAX_WEIGHT = 1e12
+MIN_WEIGHT = 1e-12  # the inverse of a denormal weight would be infinite
 MAX_VALUE = 1e6
 
 
@@ -111,8 +112,11 @@ class Admission:
         return ""
 
     def _check_weight(self, update: Update) -> None:
-        if not (math.isfinite(update.weight) and 0 < update.weight <= MAX_WEIGHT):
-            detail = f"weight={update.weight} must be above 0 and at most {MAX_WEIGHT:g}"
+        if not MIN_WEIGHT <= update.weight <= MAX_WEIGHT:  # NaN is neither
+            detail = (
+                f"weight={update.weight} must lie in {MIN_WEIGHT:g}..{MAX_WEIGHT:g}; only ratios "
+                "count, so scale the weights of all clients alike"
+            )
             raise _refused(UpdateReason.BAD_WEIGHT, update.client, detail)
         bounded = getattr(self._recipe.private, "central", False)
         once = self._recipe.reduce.robust or update.sketches or bounded
@@ -228,7 +232,10 @@ def _check_largest(client: str, what: str, largest: float) -> None:
         detail = f"tensor {what} has values that are NaN or infinite"
         raise _refused(UpdateReason.NOT_FINITE, client, detail)
     if largest > MAX_VALUE:
-        detail = f"tensor {what} has a value of size {largest:g} (> {MAX_VALUE:g})"
+        detail = (
+            f"tensor {what} has a value of size {largest:g} (> {MAX_VALUE:g}): training has "
+            "diverged, or the adapter is no adapter; lower the learning rate"
+        )
         raise _refused(UpdateReason.TOO_LARGE, client, detail)
 
 

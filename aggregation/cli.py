@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad input, or a result that could not be written.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,9 @@ from aggregation.output import AsFormat, Format, show_json, table
 
 if TYPE_CHECKING:
     from aggregation.offline import Combined, Members
+    from aggregation.recipe import Recipe
+
+_MEAN = "the exact mean"
 
 aggregate = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -78,7 +82,7 @@ def aggregate_folders(
         chosen = by_name(recipe, _pieces(piece or []))
         members, name = _members(folders or [], weights, base_digest, trusted)
         combined = offline.combine(chosen, members, trusted=name)
-        said = _describe(recipe, str(chosen), members, combined)
+        said = _describe(chosen, members, combined)
         extra = {"report.json": (json.dumps(said, indent=2) + "\n").encode()} if report else {}
         offline.write(out, combined, members, base_name=base_name, extra=extra)
     except AggregationError as error:
@@ -131,7 +135,7 @@ def _weights(text: str | None) -> list[float] | None:
         raise OfflineError(f"--weights {text!r} is not numbers with commas, as in 3,1,7") from None
 
 
-def _describe(recipe: str, line: str, members: Members, combined: Combined) -> dict[str, Any]:
+def _describe(chosen: Recipe, members: Members, combined: Combined) -> dict[str, Any]:
     report = combined.report
     spec = combined.adapter.spec
     beside: dict[str, int] = {}
@@ -151,18 +155,26 @@ def _describe(recipe: str, line: str, members: Members, combined: Combined) -> d
             "residual_bytes": 4 * beside.get(module.name, 0) * (module.d_in + module.d_out),
         }
     return {
-        "recipe": recipe,
-        "line": line,
+        "recipe": chosen.name,
+        "line": str(chosen),
         "folders": {m.name: m.weight for m in members.members},
         "base_name": members.base_name,
         "base_digest": spec.base_digest if members.base_known else None,
         "influence": dict(report.influence),
-        "error": report.error,
-        "energy": report.energy,
+        "error": combined.error,
+        "energy": max(0.0, 1.0 - combined.error**2),
+        "against": chosen.reduce.reference if spec.modules else _MEAN,
         "bytes_in": combined.bytes_in,
         "bytes": combined.adapter.nbytes,
         "residual_bytes": sum(adapter.nbytes for adapter in combined.residual),
         "modules": modules,
+        "tensors": {
+            tensor.name: {
+                "error": combined.tensors[tensor.name],
+                "bytes": 4 * math.prod(tensor.shape),
+            }
+            for tensor in spec.others
+        },
     }
 
 
@@ -180,11 +192,22 @@ def _show(out: Path, said: dict[str, Any], combined: Combined) -> None:
         ]
         for name, module in said["modules"].items()
     ]
-    columns = ["module", "rank", "energy", "error", "residual rank", "error with residual"]
+    rows += [
+        [name, "-", "-", f"{tensor['error']:.2e}", "-", "-", tensor["bytes"], 0]
+        for name, tensor in said["tensors"].items()
+    ]
+    columns = [
+        "module or tensor",
+        "rank",
+        "energy",
+        "error",
+        "residual rank",
+        "error with residual",
+    ]
     typer.echo(table([*columns, "bytes", "residual bytes"], rows))
     typer.echo(
         f"\n{said['recipe']} of {len(said['folders'])} adapters ({said['bytes_in']} bytes): "
-        f"energy {said['energy']:.4f}, error {said['error']:.2e} against the exact mean"
+        f"energy {said['energy']:.4f}, error {said['error']:.2e} against {said['against']}"
     )
     typer.echo(f"{out}: {said['bytes']} bytes, trainable")
     for index, adapter in enumerate(combined.residual):

@@ -39,6 +39,7 @@ class CoordinateRule(Reduce, ABC):
 
     delta = True
     robust = True
+    reference = "what the rule decides"
     factors = True
     coordinate_wise = True
     mixed_ranks = False

@@ -46,13 +46,23 @@ class Combined:
         adapter: the trainable part.
         residual: adapters to load beside it, none if nothing is left.
         report: rank, energy and error per module.
+        tensors: the relative error of each tensor outside the modules, by name, against the
+            weighted mean of what is in the folders.
         bytes_in: what the folders' clients would have sent, in bytes.
     """
 
     adapter: Adapter
     residual: tuple[Adapter, ...]
     report: AggregationReport
+    tensors: Mapping[str, float]
     bytes_in: int
+
+    @property
+    def error(self) -> float:
+        """That of all modules together; without any, the largest of a tensor."""
+        if self.adapter.spec.modules:
+            return self.report.error
+        return max(self.tensors.values(), default=0.0)
 
 
 def combine(chosen: Recipe, members: Members, *, trusted: str = "") -> Combined:
@@ -105,7 +115,24 @@ def combine(chosen: Recipe, members: Members, *, trusted: str = "") -> Combined:
     if lossy or isinstance(chosen.reduce, Sketch):  # a sketch only estimates what it misses
         report = _against_folders(counted, state.adapter, residual, report)
     adapter = _trimmed(state.adapter, report) if by_energy else state.adapter
-    return Combined(adapter, residual, report, sum(one.nbytes for one in arrived))
+    tensors = _tensor_errors(chosen, [m for m in counted if m.name != trusted], adapter)
+    return Combined(adapter, residual, report, tensors, sum(one.nbytes for one in arrived))
+
+
+def _tensor_errors(chosen: Recipe, members: Sequence[Member], adapter: Adapter) -> dict[str, float]:
+    """How far each tensor outside the modules is from the weighted mean of the folders'."""
+    weights = [
+        chosen.weigh.weight(Update(m.name, 1, "", m.adapter, m.weight or 1.0)) for m in members
+    ]
+    errors = {}
+    for tensor in adapter.spec.others:
+        exact = np.zeros(tensor.shape)
+        for member, weight in zip(members, weights, strict=True):
+            value = member.adapter.tensors[tensor.key].astype(np.float64)
+            exact += weight / (sum(weights) or 1.0) * value
+        distance = float(np.linalg.norm(exact - adapter.tensors[tensor.key]))
+        errors[tensor.name] = distance / (float(np.linalg.norm(exact)) or 1.0)
+    return errors
 
 
 def _against_folders(

@@ -92,11 +92,15 @@ def sent(chosen: Recipe, members: Sequence[tuple[str, Adapter, float]]) -> tuple
     number, asked = _round(chosen, members)
     frozen = _frozen(members[REFERENCE][1], asked)
     _check_shared(chosen, members, frozen)
-    out = []
+    out: list[Sent] = []
+    starts: dict[str, Adapter] = {}
     for name, adapter, weight in members:
         if asked.trains == "core":
             adapter = _in_basis(name, adapter, asked.seed)
-        start = _start(adapter, frozen)
+        # What is frozen is the same in all folders, so those of one specification share a start.
+        if adapter.spec.digest not in starts:
+            starts[adapter.spec.digest] = _start(adapter, frozen)
+        start = starts[adapter.spec.digest]
         if asked.align:
             reference = members[REFERENCE][1]
             if reference.spec != adapter.spec:
@@ -114,6 +118,8 @@ def sent(chosen: Recipe, members: Sequence[tuple[str, Adapter, float]]) -> tuple
             parcel, arrived, _ = pack(chosen.codec, adapter, start, keys, turn=turn)
         except CodecError as error:
             raise OfflineError(f"{name}: codec={chosen.codec}: {error}") from None
+        if arrived.same_values(adapter):
+            arrived = adapter  # there once, not twice
         out.append(Sent(name, start, arrived, weight, parcel.nbytes))
     return out, number
 

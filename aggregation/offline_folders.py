@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aggregation import peft_layout
 from aggregation.adapter import Adapter
+from aggregation.admission import MAX_WEIGHT, MIN_WEIGHT
 from aggregation.distributing import kinship
 from aggregation.errors import AggregationError
 from aggregation.spec import AdapterSpec
@@ -104,6 +105,11 @@ def _checked_weights(folders: Sequence[Path], weights: Sequence[float] | None) -
         if not (math.isfinite(weight) and weight >= 0):
             raise OfflineError(
                 f"{folder}: weight={weight:g} must be finite and 0 or more; 0 leaves the folder out"
+            )
+        if weight and not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise OfflineError(
+                f"{folder}: weight={weight:g} must be 0 or lie in {MIN_WEIGHT:g}..{MAX_WEIGHT:g}; "
+                "only ratios count, so scale all of them alike"
             )
     if not sum(weights) > 0:
         raise OfflineError(

@@ -65,6 +65,7 @@ class Reduce(Piece):
         robust: whether it withstands clients that lie, for which it must see each update alone,
             and a client has one vote.
         trusts: whether it needs the update of a client that the server trusts.
+        reference: what the report's error is the distance from.
         silence: what it says if it leaves every update out and the adapter stays as it is.
     """
 
@@ -76,6 +77,7 @@ class Reduce(Piece):
     coordinate_wise: ClassVar[bool] = False
     robust: ClassVar[bool] = False
     trusts: ClassVar[bool] = False
+    reference: ClassVar[str] = "the exact mean"
     silence: ClassVar[str] = "no update counts for anything, so the adapter stays as it was"
 
     def needs(self, expected: int) -> str:

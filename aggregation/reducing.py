@@ -172,6 +172,7 @@ class RankMean(Reduce):
     """
 
     kind = "rank-mean"
+    reference = "the mean by rank index"
     linear = False
     weighted = False
     delta = True

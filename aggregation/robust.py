@@ -29,6 +29,8 @@ from aggregation.reducing import Accumulator, ProductSum, Reduced
 from aggregation.robust_gram import Change, Changes
 from aggregation.spec import AdapterSpec
 
+_STILL = 1e-12  # share of the reach below which a step of the iteration is none
+
 
 class Trusting(Accumulator, Protocol):
     """A reduce in progress that measures updates against one that the server trusts."""
@@ -59,6 +61,7 @@ class ProductRule(Reduce, ABC):
 
     delta = True
     robust = True
+    reference = "the updates as the rule weighs them"
     counts_unchanged = True  # who stays put has a say in where the others are
 
     def accumulator(self, spec: AdapterSpec, *, measure: bool) -> Accumulator:
@@ -86,10 +89,13 @@ class GeometricMedian(ProductRule):
     much it is drawn aside depends on how far the honest are from each other.
 
     It uses the clients' weights, as the paper does. Where those are mere claims, choose
-    ``weigh=uniform``. Our nu is relative, so that it means the same for small and large updates.
+    ``weigh=uniform``. Our nu is relative, so that it means the same for small and large updates: to
+    the reach of the most central update, within which more than half of the weight is. Liars below
+    half cannot move that beyond the honest ones, as they could a mean of distances; if it is 0,
+    more than half is at one point, and that point is the median.
 
     Attributes:
-        nu: smoothing, as a share of the root mean square distance of the updates from their mean.
+        nu: smoothing, as a share of that reach.
         iterations: at most this many.
 
     Raises:
@@ -106,38 +112,63 @@ class GeometricMedian(ProductRule):
         if self.iterations < 1:
             raise RecipeError(f"iterations={self.iterations} must be 1 or more; usual is 1000")
 
-    def weights(self, squared: Array, prior: Array) -> Array:
+    def weights(self, inner: Array, prior: Array, reach: float) -> Array:
         """Each update's weight in the geometric median.
 
-        Distances to a weighted mean v follow from those between the updates,
-        ``|x_k - v|^2 = (D w)_k - w^T D w / 2``, in which the size of what all have in common plays
-        no part.
+        Distances to a weighted mean v follow from inner products G relative to the most central
+        update, ``|x_k - v|^2 = G_kk - 2 (G w)_k + w^T G w``: what all have in common plays no part,
+        and a liar as far away as values can be has next to no weight in all three terms, so that it
+        hides nothing of the others. For the same reason the iteration ends when v stands still, and
+        not the weights.
 
         Args:
-            squared: squared distances D between the updates, (K, K).
+            inner: G, (K, K), from :meth:`aggregation.robust_gram.Changes.around`.
             prior: p_k, (K,), of sum 1.
+            reach: of the most central update; above 0.
 
         Returns:
             Weights of shape (K,) and sum 1.
         """
-        spread = math.sqrt(0.5 * float(prior @ squared @ prior))
-        floor = max(self.nu * spread, float(np.finfo(np.float64).tiny))
         weights = prior
         for _ in range(self.iterations):
-            apart = squared @ weights
-            apart -= 0.5 * float(weights @ apart)
-            pulls = prior / np.maximum(floor, np.sqrt(np.maximum(apart, 0.0)))
+            pulled = inner @ weights
+            squared = np.diagonal(inner) - 2.0 * pulled + float(weights @ pulled)
+            pulls = prior / np.maximum(self.nu * reach, np.sqrt(np.maximum(squared, 0.0)))
             following = pulls / pulls.sum()
-            done = float(np.abs(following - weights).sum()) < 1e-12
+            step = following - weights
             weights = following
-            if done:
+            if float(step @ inner @ step) < (_STILL * reach) ** 2:
                 break
         return weights
 
     def weigh(self, changes: Changes, prior: Array, root: Change | None) -> Weighed:
         """The weights of the geometric median."""
-        weights = self.weights(changes.squared, prior)
+        middle, reach = most_central(changes.squared, prior)
+        if reach:
+            weights = self.weights(changes.around(middle), prior, reach)
+        else:
+            weights = np.where(changes.squared[middle] == 0, prior, 0.0)
+            weights /= weights.sum()
         return Weighed(weights, weights)
+
+
+def most_central(squared: Array, prior: Array) -> tuple[int, float]:
+    """The update in whose neighbourhood more than half of the weight is, and how far that reaches.
+
+    Args:
+        squared: squared distances between the updates, (K, K).
+        prior: p_k, (K,), of sum 1.
+
+    Returns:
+        The index of the one with the least reach, and the reach: 0 if more than half is where it
+        is.
+    """
+    order = np.argsort(squared, axis=1, kind="stable")
+    inside = np.cumsum(prior[order], axis=1) > 0.5 + 1e-9  # half of it is not more than half
+    first = np.argmax(inside, axis=1)
+    reaches = np.take_along_axis(squared, order, axis=1)[np.arange(len(prior)), first]
+    middle = int(np.argmin(reaches))
+    return middle, math.sqrt(float(reaches[middle]))
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,26 @@ class Changes:
             squared[k, other] = squared[other, k] = apart**2
         return squared
 
+    def around(self, middle: int) -> Array:
+        """Inner products of all changes relative to one of them, of shape (K, K).
+
+        From distances where those were measured anew, or from inner products: whichever rounding
+        does less to. (Between a near and a far change only the second has any digits.)
+
+        Args:
+            middle: index of the change that the others are relative to.
+        """
+        gram, squared = self.gram, self.squared
+        lengths = np.sqrt(np.diagonal(gram))
+        both = lengths[:, None] ** 2 + lengths**2
+        unsure = np.where(squared < _CANCELLED * both, squared, both)  # in units of the rounding
+        one, other = squared[middle], squared[:, middle : middle + 1]
+        from_distances = 0.5 * (one + other - squared)
+        from_products = gram - gram[middle] - gram[:, middle : middle + 1] + gram[middle, middle]
+        lost = (lengths[:, None] + lengths[middle]) * (lengths + lengths[middle])
+        better = unsure + unsure[middle] + unsure[:, middle : middle + 1] < lost
+        return np.asarray(np.where(better, from_distances, from_products))
+
 
 def _difference(new: Adapter, old: Adapter, name: str) -> LowRank:
     """The product of one module in one adapter minus that in another, without cancelling."""

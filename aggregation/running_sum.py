@@ -31,9 +31,10 @@ _NUMBERS = 1 << 18  # of a product that is made at a time
 class RunningSum:
     """A sum of ``weight * B A`` terms of one module, in bounded memory.
 
-    Thin factors are kept, as they came, while that is the smaller form. From
-    R > d_out d_in / (d_out + d_in) on, the sum of the terms has no smaller form than d_out x d_in
-    numbers, and it becomes that; further terms are multiplied into it many at a time.
+    Thin factors are kept, as they came, while their rank tells something: below the smaller
+    dimension. There R (d_out + d_in) numbers of 4 bytes are less than d_out x d_in of 8, and an SVD
+    of the factors costs a part of that of the matrix. From there on the sum has no better form than
+    d_out x d_in numbers, and it becomes that; further terms are multiplied into it many at a time.
 
     Args:
         d_out: rows of B.
@@ -46,7 +47,7 @@ class RunningSum:
         self, d_out: int, d_in: int, scratch: Scratch | None = None, batch: int = _BATCH
     ) -> None:
         self._shape = (d_out, d_in)
-        self._limit = max(1, d_out * d_in // (d_out + d_in))
+        self._limit = max(1, min(d_out, d_in) - 1)
         self._batch = min(batch, 4 * self._limit)
         self._scratch = scratch or Scratch()
         self._terms: list[_Term] = []

@@ -195,8 +195,8 @@ def _measured_weights(recipe: Recipe) -> str:
 def _sketch_of_what_is_not_sent(recipe: Recipe) -> str:
     if not isinstance(recipe.reduce, Sketch):
         return ""
-    task = recipe.train.assignment(1)
-    if task.sends not in ("both", "B") or task.select or task.keeps:
+    tasks = [recipe.train.assignment(number) for number in (1, 2)]  # factors may alternate
+    if any(t.sends not in ("both", "B") or t.select or t.keeps for t in tasks):
         return (
             f"reduce=sketch sketches the whole product, and train={recipe.train} sends a part; "
             "choose train=both or train=only-b"

@@ -14,13 +14,24 @@ types are read by :mod:`aggregation.named_from_peft`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from aggregation import named_from_peft, peft_types
 from aggregation.peft_types import LORA, MAGNITUDE_SUFFIX, Setting
-from aggregation.spec import PREFIX, AdapterSpec, ModuleSpec, Orientation, SpecError, TensorSpec
+from aggregation.spec import (
+    MICRO,
+    PREFIX,
+    AdapterSpec,
+    ModuleSpec,
+    Orientation,
+    SpecError,
+    TensorSpec,
+)
 
+_FLOAT32 = 5e-7  # a few roundings of it: so far may an alpha be from whole millionths
+_MOST = 1e12  # of a whole number that has no float, such as 10^400, nothing can be asked
 _SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -79,7 +90,7 @@ def spec_from_peft(
     for name, parts in factors.items():
         embedding = set(parts) == {"EA", "EB"}
         if not embedding and set(parts) != {"A", "B"}:
-            raise SpecError(f"module {name} has only a part of its factors: {sorted(parts)}")
+            raise SpecError(_lacking(name, parts))
         right, left = (parts["EA"], parts["EB"]) if embedding else (parts["A"], parts["B"])
         if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
             raise SpecError(f"module {name}: factors of shapes {left} and {right} do not fit")
@@ -91,12 +102,12 @@ def spec_from_peft(
                 d_in=right[1],
                 d_out=left[0],
                 rank=right[0],
-                alpha=_setting(config, "alpha_pattern", "lora_alpha", name),
+                alpha=_alpha(config, name),
                 orientation=Orientation.EMBEDDING if embedding else orientation,
             )
         )
     task = named_from_peft.TASKS.get(str(config.get("task_type")), "feature")
-    rslora = config.get("use_rslora", False) is True
+    rslora = bool(config.get("use_rslora", False))
     return AdapterSpec(base_digest, tuple(modules), others, rslora, task, settings=settings)
 
 
@@ -145,10 +156,31 @@ def _sort(
     return factors, tuple(others)
 
 
+def _lacking(name: str, parts: Mapping[str, tuple[int, ...]]) -> str:
+    """Which tensor is not there, of a module that has not exactly both factors of one kind."""
+    missing = {"A": "B", "B": "A", "EA": "EB", "EB": "EA"}
+    for suffix, part in _SUFFIXES.items():
+        if part not in parts and missing[part] in parts:
+            return f"tensor {PREFIX}{name}{suffix} is missing; a module needs both factors"
+    return f"module {name} has the factors of a linear layer and of an embedding; expected one kind"
+
+
 def _check_rank(config: Mapping[str, Any], name: str, rank: int) -> None:
     said = _setting(config, "rank_pattern", "r", name)
     if said != rank:
         raise SpecError(f"module {name}: the tensors have rank {rank}, the configuration {said}")
+
+
+def _alpha(config: Mapping[str, Any], name: str) -> float:
+    """A module's alpha in whole millionths, if that is the same to the precision of float32.
+
+    Such as 16 / 3 and 8 sqrt(2), which scalings that PEFT does not know are written as.
+    """
+    alpha = _setting(config, "alpha_pattern", "lora_alpha", name)
+    if not math.isfinite(alpha):
+        return alpha
+    near = round(alpha * MICRO) / MICRO
+    return near if abs(near - alpha) <= _FLOAT32 * abs(alpha) else alpha
 
 
 def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
@@ -164,6 +196,6 @@ def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str)
         if module == name or (not key.startswith("^") and module.endswith("." + name)):
             value = candidate
             break
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SpecError(f"{default} for {module} is {value!r}; expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MOST:
+        raise SpecError(f"{default} for {module} is {value!r:.40}; expected a number")
     return value

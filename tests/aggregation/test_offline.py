@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 import airpeft
 from aggregation import peft_layout
 from aggregation.adapter import Adapter
+from aggregation.offline_clients import sent
 from aggregation.recipes import RECIPES
 from aggregation.spec import TensorSpec
 from tests.aggregation.adapters import plain_spec, products, random_adapter, relative
@@ -320,6 +322,8 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         (["--weights", "1,2"], "2 weights for 3 folders"),
         (["--weights", "1,-2,1"], f"{made[1]}: weight=-2"),
         (["--weights", "1,nan,1"], f"{made[1]}: weight=nan"),
+        (["--weights", "1,1e-320,1"], f"{made[1]}: weight=9.99989e-321 must be 0 or lie in"),
+        (["--weights", "1,1,1e300"], "only ratios count"),
         (["--weights", "0,0,0"], "sum to 0"),
         (["--weights", "1;2"], "not numbers with commas"),
         (["--recipe", "fedlt"], "did you mean 'fedit'"),
@@ -334,6 +338,19 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     taken = command("aggregate", *made, "--out", made[0])
     assert taken.exit_code == 2
     assert "already there" in taken.stderr
+
+
+def test_what_is_there_once_is_not_held_twice() -> None:
+    """One start for all folders, and no second copy of what arrives as it is."""
+    members = [(f"site-{k}", random_adapter(plain_spec(width=2000), k), 1.0) for k in range(6)]
+    tracemalloc.start()
+    try:
+        arrived, _ = sent(RECIPES["fedit"], members)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert all(one.adapter is member[1] for one, member in zip(arrived, members, strict=True))
+    assert held < 1.5 * members[0][1].nbytes
 
 
 def test_mixed_ranks_under_a_plain_mean_are_refused_by_folder_and_module(tmp_path: Path) -> None:

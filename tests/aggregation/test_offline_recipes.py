@@ -16,8 +16,8 @@ from aggregation import peft_layout
 from aggregation.adapter import Adapter
 from aggregation.core_basis import with_core
 from aggregation.recipes import RECIPES
-from aggregation.spec import AdapterSpec
-from tests.aggregation.adapters import plain_spec, products, random_adapter, relative
+from aggregation.spec import AdapterSpec, TensorSpec
+from tests.aggregation.adapters import BASE, plain_spec, products, random_adapter, relative
 
 REFUSED = {"fedsa-lora", "feddpa", "dp-fedlora", "fedadam", "fedyogi", "fedadagrad"}
 COUNT = 7
@@ -238,3 +238,24 @@ def test_dora_and_rslora_folders_are_combined(tmp_path: Path) -> None:
     assert command(*write(adapters, tmp_path), "--out", tmp_path / "out").exit_code == 0
     for module, matrix in mean(adapters, np.full(3, 1 / 3)).items():
         assert relative(whole(tmp_path / "out")[module], matrix) < 1e-5
+
+
+def test_what_is_said_of_the_error_is_true_of_tensors_without_modules_too(tmp_path: Path) -> None:
+    own = TensorSpec("layer.key.ia3_l", (24, 1))
+    spec = AdapterSpec(BASE, others=(own,), peft_type="IA3", settings=(("fan_in_fan_out", False),))
+    adapters = [random_adapter(spec, k) for k in range(COUNT)]
+    made = write(adapters, tmp_path)
+    exact = np.mean([adapter.tensors[own.key] for adapter in adapters], axis=0, dtype=np.float64)
+    for name, pieces in (("fedit", ()), ("fedit", ("--piece", "codec=int4")), ("median", ())):
+        out = tmp_path / f"{name}{len(pieces)}"
+        words = [*made, "--recipe", name, *pieces, "--out", out]
+        said = json.loads(command(*words, "--format", "json").stdout)["data"]
+        error = relative(peft_layout.read(out).tensors[own.key], exact)
+        assert (error > 1e-3) == (out.name != "fedit0")
+        assert said["tensors"][own.name] == {"error": pytest.approx(error, abs=1e-9), "bytes": 96}
+        assert said["error"] == said["tensors"][own.name]["error"]
+        assert said["against"] == "the exact mean"
+    made = write([random_adapter(plain_spec(), k) for k in range(COUNT)], tmp_path / "lora")
+    shown = command(*made, "--recipe", "krum", "--out", tmp_path / "krum").stdout
+    assert "against the updates as the rule weighs them" in shown
+    assert "head.weight" in shown

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -219,6 +221,13 @@ def poisoned(folder: Path) -> None:
     peft_layout.write(folder, Adapter(spec, tensors), base_name="x")
 
 
+def halved(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    del tensors["base_model.model.layer.0.query.lora_A.weight"]
+    safetensors.numpy.save_file(tensors, path)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no configuration": (remove("adapter_config.json"), "adapter_config.json"),
     "no tensors": (remove("adapter_model.safetensors"), "adapter_model.safetensors"),
@@ -236,6 +245,8 @@ PLAIN: dict[str, tuple[Callable[[Path], None], str]] = {
     "regular expression": (edited(alpha_pattern={"(a+)+$": 2}), "regular expression"),
     "alpha is text": (edited(lora_alpha="8"), "expected a number"),
     "alpha is zero": (edited(lora_alpha=0), "alpha=0"),
+    "alpha has no float": (edited(lora_alpha=10**400), "lora_alpha for layer.0.query is 1000"),
+    "half a module": (halved, r"tensor base_model.model.layer.0.query.lora_A.weight is missing"),
     "rank mismatch": (edited(r=3), "rank"),
     "moe": (edited(target_parameters=["x"]), "target_parameters"),
 }
@@ -252,6 +263,19 @@ def test_a_folder_that_is_not_right_is_refused_by_name(what: str, tmp_path: Path
     with pytest.raises(LayoutError, match=message) as error:
         peft_layout.read(folder, base_digest=BASE)
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [16 / 3, 8 * math.sqrt(2), 1 / 0.3])
+def test_an_alpha_that_is_no_whole_number_counts_to_the_precision_of_float32(
+    alpha: float, tmp_path: Path
+) -> None:
+    spec = plain_spec()
+    peft_layout.write(tmp_path / "a", random_adapter(spec, 0), base_name="x")
+    (tmp_path / "a" / "airpeft.json").unlink()
+    edited(lora_alpha=alpha, use_rslora=1)(tmp_path / "a")
+    found = peft_layout.read(tmp_path / "a", base_digest=BASE).spec
+    for module in spec.modules:
+        assert found.scale(module.name) == pytest.approx(alpha / math.sqrt(module.rank), rel=5e-7)
 
 
 def test_the_base_has_to_be_known_and_the_same(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.adapter import Adapter
+from aggregation.init import initial_adapter
 from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
-from aggregation.robust import GeometricMedian, NormClip
+from aggregation.robust import NormClip
 from aggregation.robust_rules import Krum, MultiKrum, bulyan_choice, krum_order
+from aggregation.spec import AdapterSpec, ModuleSpec
 from aggregation.state import GlobalState, initial_state
 from aggregation.update import Update, UpdateError, UpdateReason
 from tests.aggregation.adapters import (
+    BASE,
     FEW,
     SEEDS,
     moved,
@@ -220,11 +223,32 @@ def test_identical_updates_do_not_vanish() -> None:
     expected = np.mean([point(case.start, one) for one in twins], axis=0)
     assert relative(change, expected) < 1e-5
     assert all(abs(report.influence[f"honest{k}"] - 0.2) < 1e-12 for k in range(5))
-    line = np.array([0.0, 0.0, 0.0, 3.0])[:, None]
-    apart = np.sum((line[:, None] - line) ** 2, axis=2)
-    weights = GeometricMedian().weights(apart, np.full(4, 0.25))
-    assert np.allclose(weights[:3], weights[0])
-    assert weights[3] < 1e-5
+    one, *others = case.honest
+    found, report = run(recipe("rfa"), state, case.updates([one, one, one, *others[:1]]))
+    assert list(report.influence.values()) == pytest.approx([1 / 3] * 3 + [0, 0], abs=1e-12)
+    assert relative(found, point(case.start, one)) < 1e-5  # most are there, so the median is
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("loud", [1.0, 1e3, 1e6])
+def test_liars_of_any_size_move_the_geometric_median_by_less_than_the_honest_differ(
+    size: float, loud: float
+) -> None:
+    """As large as values may be: neither the smoothing, nor rounding, nor the end is theirs."""
+    start = initial_adapter(AdapterSpec(BASE, (ModuleSpec("query", 30, 20, 4, 16.0),)), seed=1)
+    goal = moved(start, 1, size)
+    honest = [moved(goal, 10 + k, size) for k in range(7)]
+    rng = np.random.default_rng(0)
+    far = {k: loud * rng.uniform(-1, 1, value.shape) for k, value in start}
+    updates = [update(f"c{k}", start, one) for k, one in enumerate(honest)]
+    for k in range(3):
+        liar = {key: (value * (1 - 1e-6 * k)).astype(np.float32) for key, value in far.items()}
+        updates.append(update(f"liar{k}", start, Adapter(start.spec, liar)))
+    points = np.array([point(start, one) for one in honest])
+    spread = np.linalg.norm(points - points.mean(axis=0), axis=1).mean()
+    found, report = run(recipe("rfa"), initial_state(start), updates)
+    assert np.linalg.norm(found - points.mean(axis=0)) < spread
+    assert liars_share(report.influence) < 0.1
 
 
 def test_a_client_of_rank_1_beside_rank_8_is_itself() -> None:
@@ -281,9 +305,6 @@ def _open_scores(points: np.ndarray, liars: int) -> list[float]:
 
 
 def test_identical_and_absent_distances_are_no_division_by_zero() -> None:
-    rule = GeometricMedian()
-    assert np.allclose(rule.weights(np.zeros((3, 3)), np.full(3, 1 / 3)), 1 / 3)
-    assert np.allclose(rule.weights(np.zeros((2, 2)), np.array([0.25, 0.75])), [0.25, 0.75])
     case = attack(plain_spec(), 0)
     state = initial_state(case.start)
     alone, _ = run(recipe("norm-clip"), state, [update("c", case.start, case.goal)])

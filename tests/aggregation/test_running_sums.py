@@ -64,6 +64,16 @@ def test_a_running_sum_is_the_dense_one_in_any_form(
     assert relative(other.result(1.0).dense(), more - 2.0 * expected) < 1e-12
 
 
+def test_a_sum_stays_thin_while_its_rank_is_below_the_dimensions() -> None:
+    """The SVD of a matrix costs many times that of factors of half its rank."""
+    running = RunningSum(16, 24)
+    for left, right in terms(16, 24, [3] * 5, 0):
+        running.add(left, right, 1.0)
+    assert running.result(1.0).rank == 15
+    running.add(*terms(16, 24, [1], 1)[0], 1.0)
+    assert running.result(1.0).rank == 16
+
+
 @FEW
 @given(st.integers(4, 9), st.integers(4, 9), RANKS, SEEDS)
 def test_indices_are_kept_apart_until_their_shares_are_known(

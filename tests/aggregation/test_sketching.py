@@ -315,3 +315,11 @@ def test_the_assignment_says_how_wide_and_from_which_seed() -> None:
         assert (asked.sketch, asked.seed) == (columns, reduce.seed)
     with pytest.raises(RecipeError, match="probes=-1"):
         Sketch(probes=-1)
+
+
+@pytest.mark.parametrize("train", ["alternate", "alternate-select", "random-ranks", "share-a"])
+def test_a_part_of_the_factors_in_any_round_is_refused_when_the_recipe_is_built(
+    train: str,
+) -> None:
+    with pytest.raises(RecipeError, match="choose train=both or train=only-b"):
+        recipe("fedask", {"train": train})

@@ -37,6 +37,7 @@ BAD: dict[str, tuple[Update, UpdateReason]] = {
     "no weight": (replace(GOOD, weight=0.0), UpdateReason.BAD_WEIGHT),
     "negative weight": (replace(GOOD, weight=-1.0), UpdateReason.BAD_WEIGHT),
     "nan weight": (replace(GOOD, weight=float("nan")), UpdateReason.BAD_WEIGHT),
+    "weight without an inverse": (replace(GOOD, weight=5e-324), UpdateReason.BAD_WEIGHT),
     "infinite weight": (replace(GOOD, weight=float("inf")), UpdateReason.BAD_WEIGHT),
     "unknown start": (replace(GOOD, start="sha256:" + "5" * 64), UpdateReason.UNKNOWN_START),
     "wrong base": (
