@@ -47,6 +47,7 @@ def job(base: BaseRef, data: Examples | DataSource, **change: object) -> ClientJ
 def start_process(base: BaseRef, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "clients.trainer_process", "--base", str(base.path)]
     command += ["--socket", str(folder / "t.sock"), "--ledger", str(folder / "ledger.sqlite")]
+    command += ["--simulated"]
     return subprocess.Popen([*command, *more])
 
 
