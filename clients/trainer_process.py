@@ -6,8 +6,9 @@ r"""The resident trainer as a process of its own, on a Unix socket.
 Flower starts a fresh process for every message, and loading torch and a base model takes seconds;
 this process loads them once. It answers one request per connection, one after the other, on its
 main thread, so its results are those of a :class:`clients.trainer.ResidentTrainer` to the last bit.
-Its randomness comes from a secret beside the ledger; only with ``--simulated`` from the seed of each
-job, which whoever sent the job knows. The socket appears when the model is loaded and is open to its owner only.
+The socket appears when the model is loaded and is open to its owner only. All randomness comes from
+a secret beside the ledger; only with ``--simulated`` does it come from the seed of each job, which
+whoever sent the job knows.
 
 :class:`TrainerClient` is the other side; it implements ``clients.trainer.Trainer``.
 """

@@ -43,6 +43,7 @@ NOT_COVERED_BY_SHARES = (
     "which clients took part in which round, how many, and that a round was given up",
     "more clients in league with the server, or fewer in a sum, than is counted on: with h of them "
     "left the noise is smaller by the square root of the share that h is",
+    "further sums that the server asks for and does not count: only its own ledger holds how many",
     *NOT_COVERED[2:],
 )
 _NAMES = {

@@ -170,7 +170,9 @@ def test_explain_says_what_the_statement_says(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "run" / "adapter", document)
     code, output, _ = invoke("explain", str(folder))
     assert code == 0
-    assert output.startswith(f"One example: epsilon {at_most(epsilon([EVENT], DELTA))} at delta 1e-05.")
+    assert output.startswith(
+        f"One example: epsilon {at_most(epsilon([EVENT], DELTA))} at delta 1e-05."
+    )
     assert "Not covered:" in output
     data = data_of("statement", "explain", str(folder / "privacy.json"))
     assert data["statement"] == document
