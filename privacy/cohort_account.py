@@ -12,8 +12,8 @@ round that was released was counted. A round that is repeated after a crash with
 gets the same noise, bit for bit, and costs nothing more; with other updates (somebody did not
 answer this time, a checkpoint was put back) it gets fresh noise and is counted again, since the
 first result may have been seen: of a sampled cohort at the price of all of its releases together,
-since the same coins have drawn it. A tree whose round comes out otherwise than it did ends, and a new
-one begins. Where the clients add the noise, every unmasking is counted, before it is done.
+since the same coins have drawn it. A tree whose round comes out otherwise than it did ends, and a
+new one begins. Where the clients add the noise, every unmasking is counted, before it is done.
 """
 
 from __future__ import annotations
