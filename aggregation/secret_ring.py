@@ -79,6 +79,12 @@ class Ring:
         FixedPoint(WIDER * self.clip, self.clients, self.max_weight, self.bits)
         if not (math.isfinite(self.norm) and 0 <= self.norm <= 1e12):
             raise RecipeError(f"secure-sum: norm={self.norm:g} is not in 0..1e12")
+        if self.norm > float(np.float32(self.clip)):  # noise is measured in clips, and must be so
+            raise RecipeError(
+                f"secure-sum: norm={self.norm:g} is above clip={self.clip:g}, so noise of a given "
+                "multiple of the clip would be less than that multiple of the norm; choose "
+                "clip=norm or more"
+            )
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise RecipeError(f"secure-sum: noise={self.noise:g} is no multiple of the norm")
         if self.noise:

@@ -66,6 +66,26 @@ def noise_event(spec: AdapterSpec, assignment: Assignment) -> SgdEvent | None:
     )
 
 
+def refuse_unbounded(client: str, ledger: Ledger | None, what: str) -> None:
+    """Refuse what tells of a client's rows without any noise, where its own ledger limits it.
+
+    Args:
+        client: whose rows.
+        ledger: its own; None has no limit.
+        what: what was asked of it, in words.
+
+    Raises:
+        BudgetExceeded: nothing was told.
+    """
+    limit = None if ledger is None else ledger.limit(client)
+    if limit is not None:
+        raise BudgetExceeded(
+            f"{client}: its ledger limits it to epsilon {limit.epsilon}, and {what} has no bound: "
+            "ask for training with privacy, or let the ledger's owner lift the limit (airpeft "
+            "privacy limit --lift)"
+        )
+
+
 def spend(
     job: ClientJob, examples: int, ledger: Ledger | None, fingerprint: str
 ) -> tuple[SgdEvent | None, dict[str, float]]:
@@ -87,13 +107,7 @@ def spend(
     """
     privacy, released = job.privacy, noise_event(job.adapter.spec, job.assignment)
     if privacy is None and released is None:
-        limit = None if ledger is None else ledger.limit(job.client)
-        if limit is not None:
-            raise BudgetExceeded(
-                f"{job.client}: its ledger limits it to epsilon {limit.epsilon}, and training "
-                "without privacy has no bound: train with privacy, or let the ledger's owner lift "
-                "the limit (airpeft privacy limit --lift)"
-            )
+        refuse_unbounded(job.client, ledger, "training without privacy")
         return None, {}
     if privacy is not None and released is not None:
         raise PlanError(

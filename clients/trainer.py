@@ -38,7 +38,7 @@ from clients.outgoing import chosen_before, outgoing, own_start, with_own
 from clients.rows import Rows
 from clients.secure_desk import SecureDesk, SecureRequest
 from clients.shelf import Shelf
-from clients.spending import private_event, spend
+from clients.spending import private_event, refuse_unbounded, spend
 from clients.training import ClientJob, Owner, PlanError, check_finite
 from clients.trunk import CACHE_BYTES
 from privacy.errors import PrivacyError
@@ -166,7 +166,13 @@ class ResidentTrainer:
         beside: Sequence[Adapter] = (),
         owner: Owner | None = None,
     ) -> Evaluation:
-        """Measure an adapter; see :class:`Trainer`."""
+        """Measure an adapter; see :class:`Trainer`.
+
+        Raises:
+            BudgetExceeded: if the owner's own ledger limits it: exact numbers have no bound.
+        """
+        if owner is not None:
+            refuse_unbounded(owner.client, self._ledger, "measuring on its own rows")
         owner = owner or Owner(client="", run="", round=0)
         assignment = owner.assignment
         with self.shelf.lock:

@@ -6,7 +6,9 @@ r"""The resident trainer as a process of its own, on a Unix socket.
 Flower starts a fresh process for every message, and loading torch and a base model takes seconds;
 this process loads them once. It answers one request per connection, one after the other, on its
 main thread, so its results are those of a :class:`clients.trainer.ResidentTrainer` to the last bit.
-The socket appears when the model is loaded and is open to its owner only.
+The socket appears when the model is loaded and is open to its owner only. All randomness comes from
+a secret beside the ledger; only with ``--simulated`` does it come from the seed of each job, which
+whoever sent the job knows.
 
 :class:`TrainerClient` is the other side; it implements ``clients.trainer.Trainer``.
 """
@@ -242,8 +244,8 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, args=(descriptor,), daemon=True, name="parent-watch").start()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a trainer process until it is ended; returns an exit status."""
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; ``device_key`` is None for simulations only, and never for want of asking."""
     parser = argparse.ArgumentParser(
         prog="python -m clients.trainer_process",
         description=__doc__,
@@ -251,15 +253,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--socket", type=Path, required=True, help="path of the Unix socket")
     parser.add_argument("--base", default="minilm", help="name or folder of the base model")
-    parser.add_argument("--ledger", type=Path, help="the privacy ledger; none: no record is kept")
+    parser.add_argument("--ledger", type=Path, help="the privacy ledger; needed by real devices")
     parser.add_argument("--threads", type=int, default=1, help="threads of the matrix kernels")
-    parser.add_argument(
-        "--device-key",
-        type=Path,
-        help="file of the device's secret; without it randomness comes from each job's seed",
+    randomness = parser.add_mutually_exclusive_group()
+    randomness.add_argument(
+        "--device-key", type=Path, help="file of the device's secret; else it is beside the ledger"
+    )
+    randomness.add_argument(
+        "--simulated",
+        action="store_true",
+        help="randomness from each job's seed: it can be repeated, and protects nobody",
     )
     parser.add_argument("--parent", type=int, help="end when the process with this id ends")
     options = parser.parse_args(arguments)
+    if not (options.ledger or options.simulated):
+        parser.error(
+            "--ledger is missing: what a device spends has to be recorded, and its secret lies "
+            "beside it; or give --simulated"
+        )
+    if not (options.device_key or options.simulated):
+        options.device_key = options.ledger.with_name(options.ledger.name + ".key")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a trainer process until it is ended; returns an exit status."""
+    options = parsed(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     if options.parent is not None:
         end_with(options.parent)

@@ -33,18 +33,11 @@ from federation.closing import close
 from federation.flights import Flight, Saved, simulated_seconds
 from federation.intake import Expected, Intake, Reply
 from federation.recipe_checks import buffer_size, expected_cohort
-from federation.rounds import (
-    LATE,
-    TOO_SMALL,
-    Round,
-    RoundsConfig,
-)
+from federation.rounds import LATE, STALE, TOO_SMALL, UNREACHABLE, Round, RoundsConfig
 from federation.strategy import LoraStrategy
 from protos import flower
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 1.0
-STALE = "stale"
-UNREACHABLE = "unreachable"
 STALENESS = "staleness"
 
 _log = logging.getLogger("airpeft.federation.buffered")
@@ -123,6 +116,7 @@ class BufferedStrategy(LoraStrategy):
                 assignment=self._handing.assignment,
                 start=lambda digest: None,
                 small=adapter,
+                privacy=self._config.local_privacy(),
             ),
             self._recipe.begin(self._state, starts=starts),
             self._on_reply,
@@ -206,6 +200,8 @@ class BufferedStrategy(LoraStrategy):
         start = flight.start
         reason = LATE if reply is None else STALE if start is None else ""
         if reply is None or start is None:
+            if reply is not None and reply.has_content():
+                taken.note_spent(reply, flight.client)
             taken.refuse(flight.client, reason)
             self._on_reply(Reply(self._round.number, flight.client, reason, seconds))
             return

@@ -61,6 +61,12 @@ def with_client_privacy(
             "whoever came, since a round without a result would tell how few they were; leave "
             "min_updates out"
         )
+    if getattr(chosen.private, "secure", False) and central.sampling == "poisson":
+        raise RoundsError(
+            f"private={chosen.private} tells each member of a sum who the others are, and "
+            "sampling = 'poisson' earns nothing against those who know who was drawn; choose "
+            "sampling = 'fixed', or leave the secure sum out"
+        )
     weigh = chosen.weigh if "weigh" in (pieces or {}) else Uniform()
     try:
         piece = with_secure_sum(central.piece(), chosen.private)

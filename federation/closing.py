@@ -41,7 +41,7 @@ def close(
         bytes_up=taken.nbytes,
         weights={client: update.weight for client, update in used.items() if update.weight},
         secure=taken.secure,
-        privacy_events={c: dict(u.privacy_event) for c, u in used.items() if u.privacy_event},
+        privacy_events=dict(taken.spent),
         client_metrics={client: dict(update.metrics) for client, update in used.items()},
     )
     wanted = 0 if taken.reduction.in_any_case else max(1, min_updates)

@@ -19,6 +19,8 @@ from aggregation.assignment import Assignment
 from aggregation.combining import Reduction
 from aggregation.update import Update, UpdateError
 from federation.rounds import LATE
+from privacy.budget import BudgetError, LocalPrivacy
+from privacy.calibration import told_event
 from protos import flower
 
 _log = logging.getLogger("airpeft.federation.intake")
@@ -53,6 +55,8 @@ class Expected:
         assignment: what a client was asked, by its name.
         start: an adapter that was handed out, by its digest.
         secure: whether clients keep their updates for a secure sum, and say that they are ready.
+        privacy: what they were asked to keep to, and so have to say what they spent; None for
+            training without privacy.
         small: the global adapter; it stands for what is summed up already, since only the small
             fields of a used update are kept.
     """
@@ -63,6 +67,7 @@ class Expected:
     start: Callable[[str], Adapter | None]
     small: Adapter
     secure: bool = False
+    privacy: LocalPrivacy | None = None
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Intake:
         on_reply: called for each reply that is judged.
         used: the updates in the sum, by client, without their tensors.
         refused: why each other one is not in it, by client.
+        spent: the privacy event that a client has told, used or refused: what it has sent was
+            released to us in any case.
         lacking: clients that have lost what was left out of their tasks.
         nbytes: bytes of the arrays of all replies, of refused ones too.
         given_up: why the round's secure sum was given up; empty if it was not.
@@ -86,6 +93,7 @@ class Intake:
     on_reply: Callable[[Reply], None] = lambda _: None
     used: dict[str, Update] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
     nbytes: int = 0
     given_up: str = ""
@@ -107,6 +115,18 @@ class Intake:
                 self.refuse(client, outcome)
             self.on_reply(Reply(self.expected.round, client, outcome, seconds))
 
+    def note_spent(self, reply: Message, client: str) -> bool:
+        """Remember what a reply says that its client has spent; whether it says so as it should."""
+        event, asked = flower.event_from(reply.content), self.expected.privacy
+        if not event:
+            return asked is None
+        try:
+            self.spent[client] = told_event(event, asked).to_mapping()
+        except BudgetError as error:
+            _log.warning("round %d: %s: %s", self.expected.round, client, error)
+            return False
+        return True
+
     def refuse(self, client: str, reason: str) -> None:
         """Leave a client out; the log says so."""
         self.refused[client] = reason
@@ -125,6 +145,8 @@ class Intake:
             return flower.fault_of(reply)
         self.nbytes += flower.record_bytes(reply.content)
         want = self.expected
+        if not self.note_spent(reply, client):
+            return MALFORMED
         if want.secure:
             return self._judge_ready(reply, client)
         try:

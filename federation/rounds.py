@@ -22,11 +22,13 @@ from aggregation.recipe import Recipe
 from aggregation.recipes import recipe
 from federation.client_privacy import with_client_privacy
 from federation.recipe_checks import RoundsError, check_recipe
+from privacy.budget import LocalPrivacy
 from privacy.central import CentralPrivacy
 
 __all__ = ["LATE", "TOO_SMALL", "Round", "RoundsConfig", "RoundsError"]
 LATE = "late"
 TOO_SMALL = "max-rank"
+STALE, UNREACHABLE = "stale", "unreachable"  # of recipes without rounds
 # Fields that records of older versions do not have.
 _LATER = {"personal", "bytes_measuring", "influence", "unchanged", "client_events", "secure"}
 
@@ -125,6 +127,14 @@ class RoundsConfig:
             holdout=self.holdout,
         )
 
+    def local_privacy(self) -> LocalPrivacy | None:
+        """What clients are asked to keep to; None for training without privacy.
+
+        Raises:
+            BudgetError: if it contradicts itself.
+        """
+        return LocalPrivacy.from_mapping(self.privacy) if self.privacy else None
+
     def chosen(self) -> Recipe:
         """The recipe with its replaced pieces.
 
@@ -156,7 +166,8 @@ class Round:
         refused: why each other one is not, by client: a reason, ``late``, a client's fault, or
             ``max-rank`` for a device that was not asked because the recipe has nothing so small.
         weights: weight of each used update, by client.
-        privacy_events: what each used client says it spent, by client.
+        privacy_events: what each client says it spent, by client; also of updates that were refused
+            or given up, since they were sent.
         aggregation_error: relative distance from the exact mean to what is handed out, with what
             clients load beside the adapter, if they do.
         kept_energy: share of the mean's squared norm that is handed out.

@@ -202,6 +202,7 @@ class LoraStrategy(Strategy):  # type: ignore[misc]  # flwr is untyped here
             start=lambda digest: self._handing.starts.get(digest),
             small=self._state.adapter,
             secure=self._handing.ring is not None,
+            privacy=self._config.local_privacy(),
         )
         return Intake(expected, self._reduction(), self._on_reply)
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from dp_accounting import dp_event, pld, rdp
 
-from privacy.budget import Accountant, BudgetError
+from privacy.budget import Accountant, BudgetError, LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.events import Event, SgdEvent
 
@@ -38,12 +39,19 @@ ORDERS = (
 # the time that the finer default takes.
 PLD_GRID = 1e-3
 MAX_NOISE = 1000.0
+# Beyond these the accountants' floating point gives up; what is outside counts as what is worse.
+LEAST_NOISE, MOST_NOISE, LEAST_RATE = 1e-4, 1e6, 1e-9
 _DIGITS = 4
 
 # dp-accounting tells of every order that it drops; a dropped order only makes the bound looser.
 logging.getLogger("absl").addFilter(
     lambda record: "Excluding this order" not in record.getMessage()
 )
+
+
+# A client keeps its whole run within its budget by the run's accountant. One round of it by rdp is
+# less than this many times that, whatever the accountant.
+_ROOM = 2.0
 
 
 class CalibrationError(PrivacyError):
@@ -62,7 +70,7 @@ def epsilon(
         accountant: how to compose.
 
     Returns:
-        0 for no events; infinity if an event has no noise.
+        0 for no events; infinity if an event has no noise, or next to none.
 
     Raises:
         BudgetError: if delta is out of its bounds.
@@ -72,8 +80,9 @@ def epsilon(
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
         if event.steps:
-            steps[event.noise_multiplier, event.sample_rate] += event.steps
-    if any(sigma == 0 for sigma, _ in steps):
+            sigma, rate = event.noise_multiplier, event.sample_rate
+            steps[min(sigma, MOST_NOISE), max(rate, LEAST_RATE)] += event.steps
+    if any(sigma < LEAST_NOISE for sigma, _ in steps):
         return math.inf
     if not steps:
         return 0.0
@@ -155,3 +164,34 @@ def noise_multiplier(
 
 
 _spent = epsilon
+
+
+def told_event(values: Mapping[str, Any], asked: LocalPrivacy | None) -> SgdEvent:
+    """What a client says that it has spent, if one that did what it was asked may say so.
+
+    Everything that clients say is composed by whoever asked them, and a lie of enormous numbers
+    would take all memory, or leave nothing to state of the others.
+
+    Args:
+        values: from the wire.
+        asked: what it was asked to keep to; None if only its form is looked at.
+
+    Raises:
+        BudgetError: if it is no event, or one of less privacy than was asked for.
+    """
+    event = SgdEvent.from_mapping(values)
+    if asked is None:
+        return event
+    least = asked.noise_multiplier
+    if least is not None and event.noise_multiplier < least:
+        raise BudgetError(
+            f"it tells of noise {event.noise_multiplier:g} and was asked for {least:g}"
+        )
+    if asked.epsilon is not None:
+        spent = epsilon([event], asked.delta)
+        if spent > _ROOM * asked.epsilon + 1.0:
+            raise BudgetError(
+                f"it tells of epsilon {spent:.4g} in one round and was asked for {asked.epsilon:g} "
+                "in all"
+            )
+    return event

@@ -232,8 +232,9 @@ def limit(
     """The most that a client spends, whoever asks: it refuses by its own ledger.
 
     A run brings a budget of its own, which the server chooses. This one is the data's owner's: an
-    event that would pass it is refused before the first step, and so is training without privacy.
-    It stands in the chain of the ledger, so it cannot be changed unseen.
+    event that would pass it is refused before the first step, and so is what has no bound: training
+    without privacy, and measuring on the client's own rows for somebody else. It stands in the
+    chain of the ledger, so it cannot be changed unseen.
 
     For example:
 

@@ -11,14 +11,16 @@ of the federation. :meth:`CohortAccount.pay` returns after the round's event is 
 round that was released was counted. A round that is repeated after a crash with the same updates
 gets the same noise, bit for bit, and costs nothing more; with other updates (somebody did not
 answer this time, a checkpoint was put back) it gets fresh noise and is counted again, since the
-first result may have been seen. A tree whose round comes out otherwise than it did ends, and a new
-one begins. Where the clients add the noise, every unmasking is counted, before it is done.
+first result may have been seen: of a sampled cohort at the price of all of its releases together,
+since the same coins have drawn it. A tree whose round comes out otherwise than it did ends, and a
+new one begins. Where the clients add the noise, every unmasking is counted, before it is done.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aggregation.clipped_sum import Normals
 from privacy import calibration, tree_noise
@@ -62,7 +64,7 @@ class CohortAccount:
     @property
     def sampling_seed(self) -> int:
         """The seed of the cohorts' draws. Who can tell it can tell who takes part when."""
-        return int.from_bytes(derive(self._key, "cohorts")[:8], "big")
+        return int.from_bytes(derive(self._key, "cohorts"), "big")
 
     def check(self, number: int) -> None:
         """Refuse a round that would overspend, before anybody is asked.
@@ -100,13 +102,14 @@ class CohortAccount:
                 noise to be had.
             LedgerError: if the ledger is damaged or stays locked.
         """
-        tree = self._tree(self._rows(), number, inputs)
+        rows = self._rows()
+        tree = self._tree(rows, number, inputs)
         begun = self.central.mechanism == "tree" and tree is not None
         self._ledger.spend(
             EVERY_CLIENT,
             self._run,
             number,
-            self.central.event(0 if begun and tree != (number, inputs) else 1),
+            self._event(rows, number, inputs, 0 if begun and tree != (number, inputs) else 1),
             self.central.budget(),
             accountant=self.central.accountant,
             delta=self.central.delta,
@@ -118,6 +121,21 @@ class CohortAccount:
             return _Streams(derive(self._key, "round", number, inputs))
         first, named = tree or (number, inputs)
         return _Tree(_Streams(derive(self._key, "tree", first, named)), number - first + 1)
+
+    def _event(self, rows: Sequence[Entry], number: int, inputs: str, steps: int) -> CohortEvent:
+        """What is recorded: of the k-th release of one drawn cohort that of all k together.
+
+        The same coins have drawn it each time, so they hide a client once and not k times. A client
+        that is in it moves all k releases, by sqrt(k) clips together, which is one sampled Gaussian
+        of so much less noise. Those before are counted on top of that, which is more than enough.
+        """
+        event = self.central.event(steps)
+        tried = [row.inputs for row in rows if row.round == number]
+        before = tried.index(inputs) if inputs in tried else len(tried)
+        if event.sample_rate == 1 or not before:
+            return event
+        noise = event.noise_multiplier / math.sqrt(before + 1)
+        return replace(event, noise_multiplier=noise)
 
     def tree_start(self, number: int) -> int:
         """The first round of the tree that a round is going to be in."""

@@ -23,12 +23,14 @@ from typing import Any
 from privacy import calibration
 from privacy.central import CentralPrivacy
 from privacy.events import CohortEvent
-from privacy.wording import odds, span
+from privacy.wording import at_most, odds, span
 
 NOT_COVERED = (
     "the server itself, and whoever reads its memory, its disk or the clients' connections to it",
     "which clients took part in which round, and how many: the run's records tell, so they are for "
     "the server alone",
+    "other trainings with the same clients: what they spend adds to this; the server's ledger "
+    "keeps the sum of those that it ran",
     "accuracy and loss that clients measured and sent in the clear, and how much data they say "
     "they have",
     "the choice of settings, if it was tried out on the same clients",
@@ -41,6 +43,7 @@ NOT_COVERED_BY_SHARES = (
     "which clients took part in which round, how many, and that a round was given up",
     "more clients in league with the server, or fewer in a sum, than is counted on: with h of them "
     "left the noise is smaller by the square root of the share that h is",
+    "further sums that the server asks for and does not count: only its own ledger holds how many",
     *NOT_COVERED[2:],
 )
 _NAMES = {
@@ -185,20 +188,21 @@ def sentences(client: Mapping[str, Any]) -> list[str]:
         else ""
     )
     shared = "shares" in client
+    known = shared or "participation" in client
     seen = "sums and adapters" if shared else "adapters"
-    told = "contributed anything" if shared else "took part at all"
+    told = "contributed anything" if known else "took part at all"
     counted = (
         "the accounting assumes just that"
         if sampling["assumed"] == sampling["done"]
         else f"what the accounting assumes: {sampling['assumed']}"
     )
     return [
-        f"One client: epsilon {math.ceil(100 * epsilon) / 100:.2f} at delta {delta}.",
+        f"One client: epsilon {at_most(epsilon)} at delta {delta}.",
         f"What it means: whoever sees the {seen} of all rounds can change their odds on whether "
         f"one given client {told} by a factor of at most {odds(epsilon)}, except with a "
         f"probability of about {delta}. Each single example of a client is covered with it.",
         f"It protects against {client['protects_against']}. Who has to be trusted: "
-        f"{client['trusted']}{'' if shared else ', and keeps to itself who takes part when'}.",
+        f"{client['trusted']}{'' if known else ', and keeps to itself who takes part when'}.",
         f"How: {mechanism['name']}. What a client sends in a round is limited to length "
         f"{mechanism['max_norm']:g}{moving}, and noise of {mechanism['noise_multiplier']:.3g} "
         f"times that is added to the sum, which is divided by {mechanism['divisor']:g}, whoever "

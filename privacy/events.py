@@ -18,6 +18,7 @@ from privacy.budget import BudgetError, Unit
 
 KIND = "poisson-gaussian-sgd"
 COHORT_KIND = "gaussian-cohort"
+LARGEST = 1e15  # of any number in an event that somebody else wrote
 MECHANISMS = ("gaussian", "tree", "distributed")
 
 
@@ -168,5 +169,8 @@ def _numbers(
         )
     for name in names:
         number = isinstance(values[name], int | float) and not isinstance(values[name], bool)
-        if name not in words and not number:
-            raise BudgetError(f"privacy event: {name}={values[name]!r} is not a number")
+        if name in words:
+            continue
+        if not number or not abs(values[name]) <= LARGEST:
+            said = str(values[name])[:40]
+            raise BudgetError(f"privacy event: {name}={said} is not a number up to {LARGEST:g}")

@@ -202,6 +202,7 @@ class PrivateSgd:
     def _accumulate(self) -> None:
         """Clip the gradients that are there, each by itself, and add them to the sum."""
         self._mask_samples()
+        self._drop_endless()
         self._clipper.clip_and_accumulate()
         for parameter in self._parameters.values():
             parameter.grad_sample = parameter.grad = None  # the clipped sum stays
@@ -220,6 +221,21 @@ class PrivateSgd:
         self._release()
         planted.see({name: p.grad * self._expected for name, p in params.items()}, real)
         return count
+
+    def _drop_endless(self) -> None:
+        """An example whose gradient has no length counts as nothing: it moves no sum.
+
+        NaN and infinity survive every clip, and one example of that kind would be told from its
+        absence by anybody. Whether one is dropped depends on itself alone.
+        """
+        found = [self._clipper._get_flat_grad_sample(p) for p in self._parameters.values()]
+        sums = torch.stack([g.reshape(len(g), -1).sum(dim=1) for g in found], dim=1).sum(dim=1)
+        endless = ~torch.isfinite(sums)
+        if endless.any():
+            for parameter, sample in zip(self._parameters.values(), found, strict=True):
+                sample = sample.clone()
+                sample[endless] = 0.0
+                parameter.grad_sample = sample
 
     def _mask_samples(self) -> None:
         """Before clipping: what does not train must not take part in any example's norm."""

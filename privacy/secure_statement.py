@@ -23,6 +23,15 @@ TRUSTED = (
     "and every client to clip its own update, which nobody else can see"
 )
 
+# Members are told who the others are, and a round with too few of them is given up.
+NEIGHBOURS = (
+    "one client's updates in the sums, or zeros in their place; that it takes part is not hidden"
+)
+PARTICIPATION = (
+    "which clients took part in which round, and that a round was given up: the members of a "
+    "secure sum are told who the others are"
+)
+
 NOT_COVERED = (
     "what the sums themselves tell of a client: for that there is noise, or there is nothing",
     "two rounds with nearly the same clients and data: their sums can be compared",
@@ -61,6 +70,22 @@ def section(
         "protects_against": "a server that follows the protocol, and one that lies about who "
         "dropped out, as long as the roster of identities is right",
         "not_covered": list(NOT_COVERED),
+    }
+
+
+def of_clients(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The part ``client`` of a statement, where the server noises a sum that it sees unmasked.
+
+    Args:
+        part: as it is without a secure sum (:func:`privacy.cohort_statement.section`).
+    """
+    others = [said for said in part["not_covered"] if not said.startswith("which clients took")]
+    return {
+        **part,
+        "trusted": TRUSTED,
+        "neighbours": NEIGHBOURS,
+        "participation": PARTICIPATION,
+        "not_covered": [PARTICIPATION, *others],
     }
 
 

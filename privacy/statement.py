@@ -25,7 +25,7 @@ from privacy import calibration, cohort_statement, secure_statement
 from privacy.budget import LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.events import SgdEvent
-from privacy.wording import odds, span
+from privacy.wording import at_most, odds, span
 
 SCHEMA = 1
 FILE = "privacy.json"
@@ -33,12 +33,16 @@ MOST_BYTES = 1 << 20
 
 NOT_COVERED = (
     "how many examples each client has (it is the client's weight and sets its sampling rate)",
-    "which clients took part, when, and how long they took",
+    "which clients took part, when, how long they took, and why one of them had no update",
+    "other trainings on the same examples: what they spend adds to this; a client's own ledger "
+    "keeps the sum of all",
     "accuracy and loss that clients or the server measured in the clear",
     "the choice of settings, if it was tried out on the same data",
     "a person with several examples: k examples of one person have k times this epsilon",
     "the same example held by two clients",
 )
+# Of clients that were asked and from which nothing came that could be counted.
+SILENT = "{} clients that were asked and never answered: if they sent anything, it is not counted"
 
 
 class StatementError(PrivacyError):
@@ -54,12 +58,13 @@ def statement(
     client: Mapping[str, Any] | None = None,
     secure_sum: Mapping[str, Any] | None = None,
     gradients: str = "",
+    silent: int = 0,
 ) -> dict[str, Any]:
     """The statement of one adapter.
 
     Args:
-        events: for each client that took part, everything it ever spent on this adapter's line of
-            training (from ``Ledger.table``).
+        events: for each client that took part, everything that it spent on this adapter's line of
+            training, also where its update came too late or was refused.
         privacy: the run's settings; None if it trained without privacy.
         randomness: where noise and sampling came from, in words (``ResidentTrainer.randomness``).
         rounds: how many rounds were trained, for the record.
@@ -69,6 +74,7 @@ def statement(
             updates were added up in the clear.
         gradients: how gradients per example were formed, and why (``privacy.per_example.Mode``);
             empty if that is not known.
+        silent: how many clients were asked and never said what they spent.
 
     Returns:
         plain values that JSON can hold; ``example`` and ``client`` are None where nothing is
@@ -76,7 +82,7 @@ def statement(
     """
     part = None if client is None else dict(client)
     if part is not None and secure_sum is not None and "shares" not in part:
-        part |= {"trusted": secure_statement.TRUSTED}
+        part = secure_statement.of_clients(part)
     doc: dict[str, Any] = {"schema": SCHEMA, "example": None, "client": part}
     if secure_sum is not None:
         doc["secure_sum"] = dict(secure_sum)
@@ -115,7 +121,7 @@ def statement(
             "name": privacy.accountant.value,
             "library": f"dp-accounting {version('dp-accounting')}",
         },
-        "not_covered": list(NOT_COVERED),
+        "not_covered": [*NOT_COVERED, *([SILENT.format(silent)] if silent else [])],
         "limits": "noise is added in floating point, as sums of four, rounded once",
     }
     return doc
@@ -196,15 +202,15 @@ def _sentences(example: Mapping[str, Any]) -> list[str]:
         ]
     epsilon = float(example["epsilon"])
     return [
-        f"One example: epsilon {epsilon:.2f} at delta {delta}.",
+        f"One example: epsilon {at_most(epsilon)} at delta {delta}.",
         f"What it means: whoever sees the adapter, and everything the clients sent for it, can "
         f"change their odds on whether one given example was used by a factor of at most "
         f"{odds(epsilon)}, "
         f"except with a probability of about {delta}.",
         f"It protects against {example['protects_against']}; nobody has to be trusted for it but "
         "the device that holds the example.",
-        f"It holds for each of the {example['clients']} clients: {example['epsilon']:.2f} is the "
-        f"largest of them, {example['epsilon_median']:.2f} the median.",
+        f"It holds for each of the {example['clients']} clients: {at_most(epsilon)} is the "
+        f"largest of them, {at_most(example['epsilon_median'])} the median.",
         f"How: {mechanism['name']}. Each example's gradient is limited to length "
         f"{mechanism['max_grad_norm']:g}, and noise of {span(mechanism['noise_multiplier'])} "
         f"times that is added at each of {span(mechanism['steps'])} steps; each step looks at "

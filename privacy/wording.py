@@ -1,7 +1,11 @@
 """Numbers of a privacy statement in words, for somebody who decides about data and not about code.
 
->>> odds(1.0), odds(8.0), odds(50.0)
-('2.7', '2,981', 'e to the power of 50, which is as good as no limit')
+What is said to hold at most is rounded up: a promise must not get better by being written down.
+
+>>> odds(1.0), odds(8.0), odds(49.5)
+('2.8', '2,981', 'e to the power of 50, which is as good as no limit')
+>>> at_most(3.502), at_most(8.0)
+('3.51', '8.00')
 >>> span([10, 10]), span([0.01, 0.02], percent=True)
 ('10', '1 % to 2 %')
 """
@@ -21,9 +25,17 @@ def odds(epsilon: float) -> str:
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon}")
     if epsilon > 20:
-        return f"e to the power of {epsilon:.0f}, which is as good as no limit"
+        return f"e to the power of {math.ceil(epsilon)}, which is as good as no limit"
     factor = math.exp(epsilon)
-    return f"{factor:.2g}" if factor < 100 else f"{factor:,.0f}"
+    if factor >= 100:
+        return f"{math.ceil(factor):,}"
+    digits = 1 if factor < 10 else 0
+    return f"{math.ceil(factor * 10**digits) / 10**digits:g}"
+
+
+def at_most(epsilon: float) -> str:
+    """An epsilon with two decimals, rounded up."""
+    return f"{math.ceil(100 * epsilon) / 100:.2f}"
 
 
 def span(pair: Sequence[float], *, percent: bool = False) -> str:

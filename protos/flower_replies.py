@@ -106,6 +106,18 @@ def update_from(
     )
 
 
+def event_from(record: RecordDict) -> Mapping[str, Any]:
+    """What a reply says that its client has spent, whatever else is wrong with it; may be nothing.
+
+    Args:
+        record: an update, or that one is ready to be summed.
+    """
+    try:
+        return mapping(fields_of(record), "privacy-event")
+    except RecordError:
+        return {}
+
+
 def sketch_reply_record(reply: SketchReply) -> RecordDict:
     """A client's projection as Flower carries it."""
     fields = header(None, reply.round, None, None)

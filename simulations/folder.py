@@ -5,7 +5,8 @@
     scenario.resolved.toml   the scenario, every default written out
     partitions/              client-00000.jsonl ..., heldout.jsonl, partition.json
     ledger.sqlite            what each simulated client has spent
-    server-ledger.sqlite     what the server has spent on every client, with [client_privacy]
+    server-ledger.sqlite     what the server has spent on every client, with [client_privacy];
+                             beside it its secret (.key) where clients are real devices
     checkpoints/             one folder for each round
     metrics.jsonl            one line for each round
     memory/                  what each simulated client keeps between rounds
@@ -38,11 +39,11 @@ from clients.data import Examples
 from federation.checkpoint import Checkpoints
 from federation.rounds import Round, RoundsConfig
 from privacy.budget import LocalPrivacy
-from privacy.cohort_account import EVERY_CLIENT, CohortAccount
+from privacy.cohort_account import EVERY_CLIENT, SERVER, CohortAccount
 from privacy.errors import PrivacyError
 from privacy.ledger import Ledger
 from privacy.per_example import Mode
-from privacy.randomness import SEEDED, seeded_key
+from privacy.randomness import SEEDED, device_key, seeded_key
 from simulations import datasets, from_scenario
 from simulations.errors import SimulationError
 from simulations.events import Prepared
@@ -81,6 +82,8 @@ class Run:
         summary: rows of each class by client, see ``simulations.datasets.summary``.
         done: rounds that an earlier process did.
         mode: how clients form gradients per example, and why; None without privacy.
+        simulated: whether clients are simulated in this process's charge. Devices are told the seed
+            in their tasks, so the server's own noise must then come from a secret of its own.
     """
 
     scenario: Scenario
@@ -93,6 +96,7 @@ class Run:
     summary: dict[str, Any] = field(repr=False)
     done: int = 0
     mode: Mode | None = None
+    simulated: bool = True
 
     @property
     def clients(self) -> int:
@@ -110,6 +114,16 @@ class Run:
         return self.out / LEDGER
 
     @property
+    def secret(self) -> Path:
+        """The server's secret, from which its noise and its cohorts come where clients are real."""
+        return self.out / f"{SERVER_LEDGER}.key"
+
+    @property
+    def randomness(self) -> str:
+        """Where the server's noise comes from, for the privacy statement."""
+        return SIMULATED if self.simulated else SERVER
+
+    @property
     def gradients(self) -> str:
         """How clients form gradients per example, and why; empty without privacy."""
         return "" if self.mode is None else f"{self.mode.name}: {self.mode.reason}"
@@ -122,10 +136,10 @@ class Run:
             yield None
             return
         ledger = Ledger(self.out / SERVER_LEDGER)
-        key = seeded_key(self.config.seed)
         try:
+            key = seeded_key(self.config.seed) if self.simulated else device_key(self.secret)
             yield CohortAccount(
-                promised, run=self.config.run, ledger=ledger, key=key, randomness=SIMULATED
+                promised, run=self.config.run, ledger=ledger, key=key, randomness=self.randomness
             )
         finally:
             ledger.close()
@@ -214,6 +228,7 @@ def prepare(
         summary=summary,
         done=found[0][-1].number if found else 0,
         mode=ready.mode,
+        simulated=clients_here,
     )
 
 

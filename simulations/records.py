@@ -6,12 +6,13 @@ Everything in a line but ``seconds`` is the same whenever the same scenario is r
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aggregation.choices import CHOICES
 from federation.provenance import evaluation
-from federation.rounds import Round, RoundsConfig
+from federation.rounds import LATE, STALE, TOO_SMALL, UNREACHABLE, Round, RoundsConfig
 from privacy import calibration
 from privacy.budget import LocalPrivacy
 from privacy.central import CentralPrivacy
@@ -29,15 +30,39 @@ def epsilons(rounds: Sequence[Round], privacy: LocalPrivacy | None, upto: int) -
     """
     if privacy is None:
         return {}
-    events: dict[str, list[SgdEvent]] = {}
-    for record in rounds:
-        if record.number <= upto:
-            for client, event in record.privacy_events.items():
-                events.setdefault(client, []).append(SgdEvent.from_mapping(event))
+    events, _ = example_events(rounds, upto)
     return {
         client: calibration.epsilon(spent, privacy.delta, privacy.accountant)
         for client, spent in sorted(events.items())
     }
+
+
+def example_events(rounds: Sequence[Round], upto: int) -> tuple[dict[str, list[SgdEvent]], int]:
+    """What each client has spent on its examples, and how many were asked and never said so.
+
+    A client whose reply is late has trained and sent its update all the same, perhaps into the
+    void: it counts with the event that it told of last in other rounds, which all go by one plan.
+
+    Args:
+        rounds: records; each says what its clients told.
+        upto: the last round that counts.
+    """
+    events: dict[str, list[SgdEvent]] = {}
+    unheard: Counter[str] = Counter()
+    for record in (record for record in rounds if record.number <= upto):
+        unheard.update(record.cohort)
+        for client, event in record.privacy_events.items():
+            events.setdefault(client, []).append(SgdEvent.from_mapping(event))
+        # One that refused has sent nothing; and one that was never asked is not in the cohort.
+        silent = {c for c, why in record.refused.items() if why in (LATE, STALE)}
+        unasked = {c for c, why in record.refused.items() if why in (TOO_SMALL, UNREACHABLE)}
+        heard = {*record.used, *record.refused, *record.privacy_events} - silent
+        unheard.subtract((heard | (silent & record.privacy_events.keys())) - unasked)
+        unheard.subtract(unasked & set(record.cohort))
+    for client, times in (+unheard).items():
+        if client in events:
+            events[client] += [events[client][-1]] * times
+    return events, len((+unheard).keys() - events.keys())
 
 
 def client_events(rounds: Sequence[Round], upto: int) -> list[CohortEvent]:

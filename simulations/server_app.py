@@ -26,7 +26,6 @@ from federation.server_app import run_training
 from federation.strategy import Reply, TrainingResult
 from privacy import secure_statement
 from privacy.cohort_statement import section
-from privacy.events import SgdEvent
 from privacy.statement import FILE, statement
 from simulations import card, evaluation, folder, origin, preflight, records, report
 from simulations.events import ClientDone, Event, Finished, RoundDone, RoundStarted
@@ -110,17 +109,16 @@ def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dic
         rounds: its records, round 0 first.
         randomness: where the clients' noise came from.
     """
-    events: dict[str, list[SgdEvent]] = {}
-    for record in rounds:
-        for client, event in record.privacy_events.items():
-            events.setdefault(client, []).append(SgdEvent.from_mapping(event))
     last, promised = rounds[-1].number, run.config.client_privacy
+    events, silent = records.example_events(rounds, last)
     part = None
     sums = [record.secure for record in rounds]
     if promised is not None:
         spent = records.client_events(rounds, last)
         noise = secure_statement.shares(sums)
-        part = section(promised, spent, rounds=last, randomness=folder.SIMULATED, shares=noise)
+        # Of shares that clients add, the server knows no more than what simulated ones do.
+        whose = folder.SIMULATED if promised.mechanism == "distributed" else run.randomness
+        part = section(promised, spent, rounds=last, randomness=whose, shares=noise)
     private = run.config.chosen().private
     hidden = secure_statement.section(
         sums,
@@ -135,6 +133,7 @@ def privacy_statement(run: Run, rounds: Sequence[Round], randomness: str) -> dic
         client=part,
         secure_sum=hidden,
         gradients=run.gradients,
+        silent=silent,
     )
 
 

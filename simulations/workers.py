@@ -52,7 +52,7 @@ class TrainerWorker:
         self._command = [
             *(sys.executable, "-m", "clients.trainer_process"),
             *("--socket", str(self.socket), "--base", base, "--ledger", str(ledger)),
-            *("--threads", str(THREADS), "--parent", str(os.getpid())),
+            *("--threads", str(THREADS), "--parent", str(os.getpid()), "--simulated"),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 

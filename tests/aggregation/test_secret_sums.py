@@ -209,6 +209,14 @@ def test_settings_out_of_bounds_are_refused(text: str, said: str) -> None:
         recipe("fedit", {"private": f"secure-sum({text})"})
 
 
+def test_noise_of_a_multiple_of_the_clip_is_one_of_the_norm() -> None:
+    """A server must not name noise that a device insists on, and a longer norm beside it."""
+    fields = {"equal": True, "noise": 1.0, "least": 6, "honest": 5}
+    assert Ring(1.0, 9, norm=1.0, **fields).noise == 1.0  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="norm=1000 is above clip=1"):
+        Ring(1.0, 9, norm=1000.0, **fields)  # type: ignore[arg-type]
+
+
 def test_a_ring_travels_as_plain_values() -> None:
     ring = ring_of(recipe("fed-plora", {"private": "secure-sum"}), 9)
     assert Ring.from_mapping(ring.to_mapping()) == ring

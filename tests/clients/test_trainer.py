@@ -17,10 +17,10 @@ from clients.data import DataError, DataSource, Examples
 from clients.faults import JobFailure, JobFault
 from clients.model import adapter_spec
 from clients.trainer import ResidentTrainer, private_event
-from clients.training import ClientJob, TrainingPlan
+from clients.training import ClientJob, Owner, TrainingPlan
 from clients.trunk import TrunkCache
 from privacy import local
-from privacy.budget import LocalPrivacy
+from privacy.budget import BudgetExceeded, LocalPrivacy
 from privacy.calibration import epsilon
 from privacy.events import SgdEvent
 from privacy.ledger import Ledger, Terms
@@ -143,6 +143,10 @@ def test_a_client_refuses_by_its_own_ledger_whatever_the_server_asks(
     assert [entry.terms.model for entry in ledger.table() if entry.terms] == [
         asked[0].adapter.spec.digest
     ] * 2
+    # Accuracy and loss of any adapter on its own rows would tell them without any bound.
+    with pytest.raises(BudgetExceeded, match="measuring on its own rows"):
+        trainer.evaluate(asked[0].adapter, examples, owner=Owner(client="ann", run="r", round=1))
+    assert trainer.evaluate(asked[0].adapter, examples).examples == len(examples)
 
 
 def test_the_mode_of_private_steps_is_told_with_its_reason(

@@ -25,7 +25,7 @@ from clients.data import DataError, DataSource, Examples
 from clients.faults import JobFailure, JobFault
 from clients.model import adapter_spec
 from clients.trainer import ResidentTrainer
-from clients.trainer_process import TrainerClient, listen, serve
+from clients.trainer_process import TrainerClient, listen, parsed, serve
 from clients.trainer_wire import TrainerError, receive
 from clients.training import ClientJob, Owner, TrainingPlan
 from privacy.budget import LocalPrivacy
@@ -47,6 +47,7 @@ def job(base: BaseRef, data: Examples | DataSource, **change: object) -> ClientJ
 def start_process(base: BaseRef, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "clients.trainer_process", "--base", str(base.path)]
     command += ["--socket", str(folder / "t.sock"), "--ledger", str(folder / "ledger.sqlite")]
+    command += ["--simulated"]
     return subprocess.Popen([*command, *more])
 
 
@@ -262,3 +263,19 @@ def test_a_socket_that_cannot_be_is_refused(tmp_path: Path) -> None:
         TrainerClient(tmp_path / "absent.sock").wait_ready(0.0)
     with pytest.raises(TrainerError, match="ended before"):
         TrainerClient(tmp_path / "absent.sock").wait_ready(5.0, lambda: False)
+
+
+def test_a_device_has_a_secret_of_its_own_unless_it_is_simulated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The seed in a task is known to whoever sent it, and so would be all noise."""
+    least = ["--socket", "t.sock"]
+    with pytest.raises(SystemExit):
+        parsed(least)
+    assert "--ledger is missing" in capsys.readouterr().err
+    assert parsed([*least, "--ledger", "a/l.sqlite"]).device_key == Path("a/l.sqlite.key")
+    named = parsed([*least, "--ledger", "a/l.sqlite", "--device-key", "b/key"])
+    assert named.device_key == Path("b/key")
+    assert parsed([*least, "--simulated"]).device_key is None
+    with pytest.raises(SystemExit):
+        parsed([*least, "--simulated", "--device-key", "b/key"])

@@ -259,3 +259,12 @@ def test_noise_without_an_account_is_refused(tmp_path: Path) -> None:
             pytest.raises(RoundsError, match="another promise"),
         ):
             run_training(grid, config, initial=START, account=account)
+
+
+def test_a_secure_sum_earns_nothing_by_sampling() -> None:
+    """Its members are told who the others are, so who was drawn is no secret to them."""
+    pieces = {"private": "secure-sum"}
+    with pytest.raises(RoundsError, match="sampling = 'fixed'"):
+        private(pieces=pieces)
+    fixed = private(pieces=pieces, sampling="fixed")
+    assert fixed.chosen().private.kind == "secure-client-dp"

@@ -159,3 +159,12 @@ def test_epsilon_falls_in_noise_along_a_line_of_the_log_log_plane(
     if high > 0.05 and factor > 1.5:
         slope = math.log(high / low) / math.log(factor)
         assert -3.5 <= slope <= -0.8
+
+
+@pytest.mark.parametrize("accountant", list(Accountant))
+def test_numbers_out_of_reach_count_as_what_is_worse(accountant: Accountant) -> None:
+    for sigma in (0.0, 1e-300, 1e-5):
+        assert epsilon([event(sigma)], DELTA, accountant) == math.inf
+    assert 0.0 <= epsilon([event(1e300)], DELTA, accountant) < 0.01
+    least = epsilon([event(1.0, rate=1e-9)], DELTA, accountant)
+    assert epsilon([event(1.0, rate=1e-300)], DELTA, accountant) == least < 0.01

@@ -236,6 +236,30 @@ def test_a_round_is_paid_once_and_its_noise_is_repeated(ledger: Ledger) -> None:
     ledger.verify()
 
 
+@pytest.mark.parametrize(("rate", "noise"), [(0.05, 1.0), (1.0, 1.0)])
+def test_releases_of_one_draw_cost_what_one_coin_can_hide(
+    ledger: Ledger, rate: float, noise: float
+) -> None:
+    """Repeated rounds have the same coins: k releases are one sampled Gaussian of 1/sqrt(k)."""
+    of = account(central(fraction=rate, noise_multiplier=noise), ledger)
+    for releases, inputs in enumerate(("aa", "bb", "cc"), 1):
+        for _ in range(2):  # repeating either costs nothing more
+            of.pay(1, inputs)
+        together = CohortEvent(
+            noise_multiplier=noise / math.sqrt(releases), sample_rate=rate, steps=1, clip=1.0
+        )
+        counted = epsilon(of.events(), 1e-5, Accountant.PLD)
+        assert len(of.events()) == releases
+        assert counted >= epsilon([together], 1e-5, Accountant.PLD) * 0.999
+    assert of.pay(1, "aa") is not None
+    of.pay(2, "aa")
+    assert of.events(2) == [of.central.event()]
+
+
+def test_nobody_guesses_the_seed_of_the_cohorts(ledger: Ledger) -> None:
+    assert account(central(), ledger).sampling_seed.bit_length() > 200
+
+
 def test_a_reopened_account_goes_on_where_it_was(tmp_path: Path) -> None:
     noise = []
     for _ in range(2):

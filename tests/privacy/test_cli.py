@@ -22,6 +22,7 @@ from privacy.ledger import Ledger
 from privacy.planning import rounds_left
 from privacy.randomness import SEEDED
 from privacy.statement import statement
+from privacy.wording import at_most
 
 DELTA = 1e-5
 EVENT = SgdEvent(noise_multiplier=1.0, sample_rate=0.1, steps=5, max_grad_norm=1.0)
@@ -169,7 +170,9 @@ def test_explain_says_what_the_statement_says(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "run" / "adapter", document)
     code, output, _ = invoke("explain", str(folder))
     assert code == 0
-    assert output.startswith(f"One example: epsilon {epsilon([EVENT], DELTA):.2f} at delta 1e-05.")
+    assert output.startswith(
+        f"One example: epsilon {at_most(epsilon([EVENT], DELTA))} at delta 1e-05."
+    )
     assert "Not covered:" in output
     data = data_of("statement", "explain", str(folder / "privacy.json"))
     assert data["statement"] == document

@@ -133,6 +133,22 @@ def test_tampering_is_found_when_the_ledger_is_opened(path: Path, statement: str
         Ledger(path)
 
 
+def test_an_index_that_hides_events_is_found(path: Path) -> None:
+    _fill(path)
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE other (client TEXT)")
+    connection.execute("CREATE INDEX empty ON other (client)")
+    pages = dict(connection.execute("SELECT name, rootpage FROM sqlite_master").fetchall())
+    connection.execute("PRAGMA writable_schema = ON")
+    for name, page in (("ix_events_client", "empty"), ("empty", "ix_events_client")):
+        query = "UPDATE sqlite_master SET rootpage = ? WHERE name = ?"
+        connection.execute(query, (pages[page], name))
+    connection.commit()
+    connection.close()
+    with pytest.raises(LedgerEdited, match="index"):
+        Ledger(path, read_only=True)
+
+
 def test_tampering_is_found_by_a_ledger_that_is_already_open(path: Path) -> None:
     _fill(path)
     ledger = Ledger(path)

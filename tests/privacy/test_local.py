@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,3 +387,34 @@ def test_poisson_batches_have_the_right_rate_and_are_sometimes_empty() -> None:
     assert (sizes == 0).mean() == pytest.approx(0.134, abs=0.03)
     share = np.bincount(np.concatenate(batches), minlength=200) / 2000
     assert share.max() < 0.025
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e36])
+def test_an_example_without_a_finite_gradient_moves_nothing(
+    restored: Any, mode: str, factor: float
+) -> None:
+    """Its presence must not show: NaN and infinity survive every clip."""
+
+    parameters = trainable(restored[0])
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def release(weights: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(start[name])
+        optimizer = Recorder(parameters.values(), lr=1e-3)
+        with PrivateSgd(
+            restored[0], optimizer, max_grad_norm=1.0, noise_multiplier=0.0, expected_batch=1.0,
+            noise=Stream(KEY), mode=mode,
+        ) as private:  # fmt: skip
+            private.step([losses(restored, [0, 1, 2, 3]) * weights])
+        return optimizer.grads
+
+    without = release(torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    found = release(torch.tensor([1.0, 1.0, factor, 1.0]))
+    pairs = zip(found, without, strict=True)
+    moved = math.sqrt(sum(float((a - b).double().norm()) ** 2 for a, b in pairs))
+    assert moved <= 1.0 + 1e-5
+    if not math.isfinite(factor):
+        assert moved < 1e-6

@@ -10,8 +10,11 @@ from typer.testing import CliRunner
 
 from airpeft import app
 from federation.provenance import read_provenance
+from privacy.cohort_account import SERVER
 from privacy.ledger_report import report
+from privacy.randomness import SEEDED
 from privacy.statement import explain, read
+from simulations import folder
 from simulations.events import Event, RoundDone
 from simulations.run import simulate
 from simulations.scenario import Scenario, ScenarioError
@@ -142,3 +145,21 @@ def test_nonsense_is_refused_with_its_key(
 ) -> None:
     with pytest.raises(ScenarioError, match=says):
         simulate(world_scenario(world, *PROMISED, *overrides), tmp_path / "run")
+
+
+def test_where_clients_are_devices_the_servers_noise_is_its_own_secret(
+    world: Path, tmp_path: Path
+) -> None:
+    """Devices are told the run's seed in every task."""
+    scenario = world_scenario(world, *PROMISED)
+    seeds = []
+    for name in ("here", "fleet", "other"):
+        with folder.locked(tmp_path / name) as where:
+            run = folder.prepare(scenario, where, clients_here=name == "here")
+        for _ in range(2):  # the same again after a restart
+            with run.account() as account:
+                assert account is not None
+                assert account.randomness == (SEEDED if name == "here" else SERVER)
+                seeds.append(account.sampling_seed)
+    assert seeds[::2] == seeds[1::2]
+    assert len(set(seeds)) == 3
