@@ -34,6 +34,7 @@ from protos.messages import (
 )
 
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
+PHASES = frozenset({DeviceEvent.DOWNLOADED, DeviceEvent.STAGED})
 HIDDEN = frozenset({"certificate", "public_key", "gateway"})
 
 
@@ -127,6 +128,15 @@ class Fleet:
                 _observation(row, words.get((row["id"], release), {}), release, known_facts)
             )
         return found
+
+    def phases(self, rollout_id: str) -> dict[str, str]:
+        """How far each device has come with a rollout's release, before its outcome."""
+        table = tables.reports
+        query = sa.select(table.c.device_id, table.c.event).where(table.c.rollout == rollout_id)
+        query = query.where(table.c.event.in_([one.value for one in PHASES]))
+        with self._store.read() as connection:
+            rows = connection.execute(query.order_by(table.c.device_id, table.c.sequence))
+            return {row.device_id: row.event for row in rows}
 
     def outcomes(self, rollout_id: str) -> list[dict[str, Any]]:
         """Each device's last word on a rollout, for people."""

@@ -28,6 +28,8 @@ def progress(one: Mapping[str, Any]) -> str:
     if pace is not None and pace["waiting"]:
         parts.append(f"{pace['waiting']} to be told at {pace['per_minute']} a minute")
     parts += [_grouped(kind, rows) for kind, rows in _kinds(one["concerns"]).items()]
+    if one["trouble"]:
+        parts.append(f"the fleet is not told yet: {one['trouble']}")
     if one["why"]:
         parts.append(one["why"])
     return f"{one['id']} {one['state']}, wave {wave_of(one)}: {'; '.join(parts)}"
@@ -37,15 +39,19 @@ def effect(verb: Verb, one: Mapping[str, Any], allowed: bool) -> str:
     """What a verb would do to how many devices."""
     done, name = one["progress"], one["id"]
     if not allowed:
-        needs = ", ".join(sorted(ALLOWED[verb]))
-        return f"cannot {verb} {name}: it is {one['state']}; {verb} needs: {needs}"
+        needs, never = ", ".join(sorted(ALLOWED[verb])), ", and it never began"
+        state = one["state"] + (never if one["wave"] < 0 else "")
+        return f"cannot {verb} {name}: it is {state}; {verb} needs: {needs}"
     before = one["previous"]["release"] or "the base model"
     running = done["running"]
     wave = min(one["wave"] + 1, len(one["waves"]) - 1)
     further = f"wave {wave + 1} of {len(one['waves'])} ({one['waves'][wave]})"
     words = {
         Verb.ROLLBACK: f"{running} devices that run it go back to {before}, at once",
-        Verb.ABORT: f"all devices stay as they are, {running} of {done['fleet']} with the release",
+        Verb.ABORT: f"all devices stay as they are, {running} of {done['fleet']} with the release"
+        if one["state"] != "rolling_back"
+        else f"the {running} devices that still run it are no longer waited for; they go back to"
+        f" {before} when they come",
         Verb.PAUSE: f"no further device is told; the {done['reached']} that were told go on",
         Verb.APPROVE: f"{further} begins at once, if another operator than"
         f" {one['started_by'] or '?'} says so",
@@ -90,6 +96,13 @@ def print_rollout(one: Mapping[str, Any]) -> None:
             )
     if one["comparison"] is not None:
         _say(_comparison(one))
+    if one["trouble"]:
+        _say(f"the fleet is not told yet: {one['trouble']}; it is tried again")
+    if one["state"] == "paused" and not one["held"]:
+        _say(
+            f"next: airpeft rollout resume {one['id']} gives the wave another deadline; rollback"
+            " takes all back, abort leaves them as they are"
+        )
     if one["needs_approval"]:
         _say(f"next: airpeft rollout approve {one['id']}, by another than {one['started_by']}")
     _print_devices(one)
@@ -203,7 +216,7 @@ def _print_devices(one: Mapping[str, Any]) -> None:
             "yes" if d["in_wave"] else "no",
             *([d["release"]] if compared else []),
             d["running"] or "(base)",
-            d["outcome"] or "",
+            d["outcome"] or d["phase"],
             ", ".join([d["reason"] or "", *d["complaints"]]).strip(", "),
             _change(d["quality"]),
         )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from federation.operators import Role
+from protos.messages import DeviceEvent
 from tests.delivery.test_operators import Interface
 from tests.delivery.test_ticker import House
 
@@ -115,6 +116,12 @@ def test_a_rollout_at_a_rate_is_shown_with_pace_progress_and_concerns(
     assert [(c["kind"], c["reason"], c["devices"]) for c in one["concerns"]] == [
         ("no answer yet", "silent", 1)
     ]
+    (told,) = [device["device_id"] for device in one["devices"] if device["in_wave"]]
+    for event in (DeviceEvent.DOWNLOADED, DeviceEvent.STAGED):
+        house.say(told, event, release="stable-1", rollout=one["id"])
+    status = interface.ok(Role.VIEWER, "GET", f"/v1/rollouts/{one['id']}")
+    assert [c["reason"] for c in status["concerns"]] == ["staged"], "waits, and is not silent"
+    assert {d["device_id"]: d["phase"] for d in status["devices"]}[told] == "staged"
     house.obey(house.ticker.record(one["id"]).rollout)
     status = interface.ok(Role.VIEWER, "GET", f"/v1/rollouts/{one['id']}")
     assert status["pace"]["per_minute"] == 12
