@@ -85,7 +85,7 @@ def reason_to_hold(policy: Policy, arms: Sequence[Sequence[Observation]]) -> str
         arms: the devices reached, by the release that they are to take.
     """
     if not any(arms):
-        return "no device is reached"
+        return "no device is reached; abort, and choose another wave"
     for arm in arms:
         committed = sum(one.committed for one in arm)
         if arm and committed == 0:

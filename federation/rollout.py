@@ -215,7 +215,7 @@ def _go_on(rollout: Rollout, observations: Sequence[Observation], now: float) ->
     name = f"wave {rollout.wave + 1}"
     silent = f", {len(waiting)} silent" if waiting else ""
     shortfall = reason_to_hold(policy, _arms(rollout, reached))
-    if shortfall:
+    if shortfall and rollout.cleared < rollout.wave:  # else an operator has let the wave pass
         return _to(replace(rollout, held=False), State.PAUSED, f"{name}: {shortfall}")
     if rollout.settled_at is None:
         rollout = replace(rollout, settled_at=now)

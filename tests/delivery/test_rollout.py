@@ -391,6 +391,19 @@ def test_devices_that_were_not_reached_have_no_say() -> None:
     assert (shown["progress"]["failed"], shown["evidence"][0]["devices"]) == (0, 0)
 
 
+def test_a_wave_that_an_operator_let_pass_is_not_held_again() -> None:
+    """Its only device was revoked after it had answered, before resume was said."""
+    known = silent()
+    rollout = started(plan("1", "100%", on_success=OnSuccess.PAUSE), known)
+    answer(known, rollout, DeviceEvent.COMMITTED)
+    held = step(rollout, known, 1.0).rollout
+    assert (held.state, held.held) == (State.PAUSED, True)
+    left = {name: one for name, one in known.items() if not rollout.includes(name)}
+    resumed = act(held, Verb.RESUME, list(left.values()), 2.0).rollout
+    after = step(resumed, left, 2.0).rollout
+    assert (after.state, after.wave) == (State.RUNNING, 1)
+
+
 def test_whoever_is_passed_over_is_named_in_the_log() -> None:
     known = silent()
     rollout = started(plan("2", "100%", deadline_seconds=10.0), known)

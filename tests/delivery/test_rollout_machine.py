@@ -193,7 +193,8 @@ class Fleet(RuleBasedStateMachine):
         failed = [one for one in self.seen if one.given_up(policy.retries)]
         reached = sum(old.includes(name) for name in self.known)
         assert len(failed) <= policy.allowed_failures(reached)
-        assert any(one.committed for one in self.seen), "went on without any proof"
+        passed = old.cleared == old.wave  # by an operator, when there was proof
+        assert passed or any(one.committed for one in self.seen), "went on without any proof"
         if policy.two_person:
             assert old.approved_by not in ("", old.started_by)
         if policy.on_success is OnSuccess.PAUSE:
