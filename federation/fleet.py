@@ -2,7 +2,7 @@
 
 A report counts only if the device that the certificate names has signed it with the key that it
 enrolled with, and only once: ``sequence`` grows, and what is at or below the highest one stored is
-acknowledged again without effect. The exact signed bytes are kept.
+acknowledged again without effect. The exact signed bytes of the newest reports are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from federation.facts import changed_tags, facts
 from federation.filters import Filter
 from federation.orders import FAILURES, Observation
 from federation.presence import Presence
-from federation.reports import ReportError, check_report, consequences, keep_report
+from federation.reports import ReportError, check_report, consequences, forget_old, keep_report
 from federation.rollout import Rollout
 from federation.store import Store
 from protos.messages import (
@@ -100,6 +100,8 @@ class Fleet:
                 news |= changes
                 last = report.sequence
                 new.append(report)
+            if new:
+                forget_old(connection, device_id)
             news |= {"last_sequence": last, "last_seen": self._store.clock()}
             connection.execute(_update(device_id).values(news))
         if refused is not None:

@@ -91,7 +91,7 @@ reports = sa.Table(
     sa.Column("signature", sa.LargeBinary, nullable=False),
     sa.Index("reports_by_rollout", "rollout", "device_id"),
 )
-outcomes = sa.Table(  # a device's last word on a release in a rollout; reports tell the whole story
+outcomes = sa.Table(  # a device's last word on a release in a rollout; reports tell more
     "outcomes",
     METADATA,
     sa.Column("rollout", sa.String(64), primary_key=True),
