@@ -213,8 +213,9 @@ class Fleet:
                     raise UnknownDeviceError(f"{device_id} has no certificate {serial[:64]!r}")
                 self._store.log(connection, who, "revoke", f"{device_id} {serial}", why)
             else:
-                connection.execute(change)
-                connection.execute(_update(device_id).values(revoked=now))
+                connection.execute(change.where(issued.c.revoked.is_(None)))
+                since = sa.func.coalesce(tables.devices.c.revoked, now)  # said twice: the first
+                connection.execute(_update(device_id).values(revoked=since))
                 self._store.log(connection, who, "revoke", device_id, why)
             self._store.announce(connection, "revoked", device_id)
         self.refresh(device_id)

@@ -18,7 +18,14 @@ from federation.errors import FederationError
 from federation.policy import Policy
 from federation.rate import Rate
 from federation.rollout_nouns import State, Verb, allows
-from federation.rollout_shown import effect, print_plan, print_rollout, print_rollouts, progress
+from federation.rollout_shown import (
+    effect,
+    print_plan,
+    print_rollout,
+    print_rollouts,
+    progress,
+    say,
+)
 from federation.shown import (
     BAD_INPUT,
     HERE,
@@ -236,7 +243,7 @@ def rollout_watch(
             typer.echo(json.dumps({"schema": "airpeft.v1.rollout", "data": one}))
         elif (line := progress(one)) != said:
             said = line
-            typer.echo(f"{at(one['updated'])} {line}")
+            say(f"{at(one['updated'])} {line}")
 
     def away(why: str) -> None:
         typer.echo(f"waiting for the server: {why}", err=True)

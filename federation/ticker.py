@@ -23,6 +23,7 @@ from federation import rollout_book as book
 from federation import store as tables
 from federation import turns
 from federation.fleet import Fleet
+from federation.four_eyes import check_alone
 from federation.orders import Target
 from federation.planning import Preview, Unreadable, preview
 from federation.policy import Policy
@@ -48,6 +49,7 @@ class Ticker:
         fleet: what is known of the devices.
         repository: opened with the online key.
         changed: called after the repository changed, from the calling thread.
+        alone_share: see :mod:`federation.four_eyes`; None: no bound.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Ticker:
         fleet: Fleet,
         repository: Repository,
         changed: Callable[[], None] = lambda: None,
+        alone_share: float | None = None,
     ) -> None:
         self._store, self._fleet, self._repository = store, fleet, repository
+        self._alone_share = alone_share
         self._publisher = Publisher(store, repository, changed)
         self._lock = threading.RLock()
 
@@ -136,7 +140,7 @@ class Ticker:
         first = self._target(release)
         second = self._target(other) if other is not None else None
         both = (first,) if second is None else (first, second)
-        return Rollout(
+        draft = Rollout(
             id=book.next_id(connection),
             release=first,
             other=second,
@@ -144,6 +148,12 @@ class Ticker:
             waves=tuple(waves),
             policy=policy,
         )
+        self._check_alone(draft)
+        return draft
+
+    def _check_alone(self, draft: Rollout) -> None:
+        if self._alone_share is not None:
+            check_alone(draft, self._fleet.observations(draft), self._alone_share)
 
     def _target(self, name: str) -> Target:
         record = self._repository.release(name)
@@ -206,6 +216,7 @@ class Ticker:
 
     def _as_of_now(self, draft: Rollout) -> Rollout:
         """A draft that begins: time may have passed since it was made."""
+        self._check_alone(draft)
         for target in draft.targets:
             self._repository.check_orderable(self._repository.release(target.release))
         with self._store.read() as connection:
