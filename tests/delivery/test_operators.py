@@ -239,6 +239,10 @@ def test_tags_and_filters_over_the_interface(interface: Interface) -> None:
         path = f"/v1/devices/{name}/tags"
         interface.ok(Role.OPERATOR, "POST", path, {"tags": {"site": "north", "spare": "1"}})
         interface.ok(Role.OPERATOR, "POST", path, {"tags": {"spare": None}, "why": "in use"})
+    with interface.house.fleet.connected(NAMES[0], 7):
+        path = f"/v1/devices/{NAMES[0]}/tags"
+        told = interface.ok(Role.OPERATOR, "POST", path, {"tags": {"site": "north"}})
+    assert (told["connected"], told["metadata_hours"]) == (True, 0.0), "as the list shows it"
     where = {"where": 'tag.site == "north" and revoked == false'}
     found = interface.ok(Role.VIEWER, "GET", f"/v1/devices?{httpx.QueryParams(where)}")
     assert [one["id"] for one in found["devices"]] == list(NAMES[:3])
