@@ -99,8 +99,12 @@ class Published:
         Raises:
             NotFoundError: none may.
         """
+        try:
+            name = target_name(channel, 1)
+        except StatementError as error:
+            raise NotFoundError(f"no role may sign releases of such a channel: {error}") from None
         delegations = self.signed["targets"].delegations
-        for role, terminating in delegations.get_roles_for_target(target_name(channel, 1)):
+        for role, terminating in delegations.get_roles_for_target(name):
             if role in self.adapter_roles:
                 return str(role)
             if terminating:

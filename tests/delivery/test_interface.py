@@ -65,6 +65,9 @@ def test_every_answer_and_every_error_is_described(interface: Interface) -> None
         ("POST", "/v1/rollouts", None, 422, "invalid", "body"),
         ("POST", "/v1/rollouts/r-1/dance", {}, 422, "invalid", "verb:"),
         ("GET", "/v1/rollouts?state=asleep", None, 422, "invalid", "state"),
+        ("GET", "/v1/repository/adapters?channel=no/such", None, 404, "notfound", "no/such"),
+        ("GET", "/v1/audit/verify?head=zz", None, 422, "invalid", "head"),
+        ("POST", "/v1/rollouts", {"release": "x", "waves": ["1.2.3x2"]}, 409, "rollout", "1.2.3x2"),
         ("GET", "/v1/devices?where=tag.x", None, 400, "filter", "tag.x"),
         ("GET", "/v1/devices?silent_hours=-1", None, 422, "invalid", "silent_hours"),
         (
