@@ -16,6 +16,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ FOLDER = "telemetry"
 SUFFIX = ".report"
 BATCH = 64
 LIMIT = 4096
+SKIP_MAX = 2**40  # numbers; a server that lies must not use them all up
 Send = Callable[[Sequence[SignedReport]], int]
 
 
@@ -103,18 +105,7 @@ class ReportQueue:
                 event=event,
                 **fields,
             )
-            body = encode_report(report)
-            decode_report(body)  # what a server would refuse must not block the queue
-            signed = to_wire(SignedReport(body=body, signature=self._sign(body)))
-            path = self._folder / f"{report.sequence:012d}-{event.value}{SUFFIX}"
-            try:
-                write_bytes(path, signed.SerializeToString())
-            except StorageError:
-                # Renamed, it may be, and not synced: two reports must not share its number.
-                if not _removed(path):
-                    self._last = report.sequence
-                raise
-            self._last = report.sequence
+            self._write(report)
             self._drop_excess()
         self.arrived.set()
         return report
@@ -131,7 +122,7 @@ class ReportQueue:
                 whatever was not confirmed stays.
             batch: reports in one call.
         """
-        confirmed = 0
+        confirmed, renumbered = 0, False
         while True:
             self.arrived.clear()
             paths = self._paths()[:batch]
@@ -146,6 +137,10 @@ class ReportQueue:
                     continue
                 log.error("the server does not take %s: dropped: %s", paths[0].name, error)
                 through = _number(paths[0])
+            if not renumbered and self._last < through <= self._last + SKIP_MAX:
+                renumbered = True
+                self._renumber(through)
+                continue
             # A server cannot confirm what it was not sent.
             done = self._confirm(min(through, _number(paths[-1])))
             confirmed += done
@@ -153,6 +148,37 @@ class ReportQueue:
                 return confirmed
 
     # --- files ------------------------------------------------------------------------------------
+
+    def _write(self, report: Report) -> None:
+        """Sign a report and keep it, with the lock held."""
+        body = encode_report(report)
+        decode_report(body)  # what a server would refuse must not block the queue
+        signed = to_wire(SignedReport(body=body, signature=self._sign(body)))
+        path = self._folder / f"{report.sequence:012d}-{report.event.value}{SUFFIX}"
+        try:
+            write_bytes(path, signed.SerializeToString())
+        except StorageError:
+            # Renamed, it may be, and not synced: two reports must not share its number.
+            if not _removed(path):
+                self._last = report.sequence
+            raise
+        self._last = report.sequence
+
+    def _renumber(self, through: int) -> None:
+        """The server has seen higher numbers than this disk knows: it was restored from a copy.
+
+        What was sent under numbers of long ago had no effect. So all that is pending goes out once
+        more, numbered from there on; a kill in between sends some of it under both numbers, of
+        which the lower one has no effect either.
+        """
+        log.warning("the server has reports up to %d of this device: numbered anew", through)
+        with self._lock:
+            self._last = max(self._last, through)
+            for path in self._paths():
+                item = self._read(path)
+                if item is not None:
+                    self._write(replace(decode_report(item.body), sequence=self._last + 1))
+                path.unlink(missing_ok=True)
 
     def _confirm(self, through: int) -> int:
         with self._lock:

@@ -238,13 +238,13 @@ def _add_fleet_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None
         desk.fleet.revoke(device_id, who=operator, why=body.why, serial=body.serial)
         desk.wraps.drop(barred_keys(desk.store))
         desk.wake()
-        return desk.fleet.device(device_id)
+        return dated(desk.fleet.device(device_id))
 
     @app.post("/v1/devices/{device_id}/tags", response_model=DeviceAnswer, tags=["devices"])
     def tag_device(device_id: str, body: TagsRequest, operator: operate) -> dict[str, Any]:
         """Set tags of a device; null takes one away."""
         desk.fleet.tag(device_id, body.tags, who=operator, why=body.why)
-        return desk.fleet.device(device_id)
+        return dated(desk.fleet.device(device_id))
 
 
 def _add_release_routes(app: FastAPI, desk: Desk, look: Any, operate: Any) -> None:

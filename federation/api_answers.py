@@ -90,6 +90,9 @@ class RolloutDevice(BaseModel):
     release: str
     running: str
     outcome: str | None
+    phase: str = Field(
+        description="Without an outcome: downloaded or staged; empty if it has not said so."
+    )
     reason: str | None
     attempts: int
     quality: dict[str, Any] | None
@@ -137,6 +140,7 @@ class Progress(BaseModel):
 class RolloutStatus(RolloutAnswer):
     """A rollout with what each device said."""
 
+    trouble: str = Field(description="Why the fleet is not told of its last round; empty: it is.")
     progress: Progress
     concerns: list[Concern]
     pace: Pace | None

@@ -3,14 +3,16 @@
 # No "from __future__ import annotations" here: FastAPI reads the annotations of functions that
 # live inside another function.
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 
 from federation.api_answers import AuditLine, AuditVerdict, Named, NewOperator, OperatorAnswer
 from federation.api_bodies import OperatorRequest, WhyRequest
 from federation.desk import Desk
 from federation.operators import add_operator, list_operators, revoke_operator
+
+Head = Annotated[str | None, Query(pattern="^[0-9a-f]{64}$")]
 
 
 def add_operator_routes(app: FastAPI, desk: Desk, look: Any, administer: Any) -> None:
@@ -29,7 +31,7 @@ def add_operator_routes(app: FastAPI, desk: Desk, look: Any, administer: Any) ->
         return desk.store.audit(max(1, min(limit, 10_000)))
 
     @app.get("/v1/audit/verify", response_model=AuditVerdict, tags=["operators"])
-    def verify_audit(operator: look, head: str | None = None) -> dict[str, Any]:
+    def verify_audit(operator: look, head: Head = None) -> dict[str, Any]:
         """Whether the audit log is what was written; ``head`` must still be part of it."""
         found = desk.store.verify_audit(head)
         return {**found._asdict(), "sound": found.sound}

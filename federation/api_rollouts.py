@@ -15,7 +15,7 @@ from federation.filters import Filter
 from federation.operators import Right
 from federation.planning import Preview
 from federation.policy import Policy
-from federation.rollout import State, Verb
+from federation.rollout import ACTIVE, State, Verb
 from federation.rollout_book import RolloutRecord
 from federation.standing import standing
 from federation.waves import Wave, parse_plan
@@ -110,9 +110,13 @@ def _status(
     record = desk.ticker.record(rollout_id)
     observations = desk.fleet.observations(record.rollout)
     words = {(one["device_id"], one["release"]): one for one in desk.fleet.outcomes(rollout_id)}
+    phases = desk.fleet.phases(rollout_id)
     return {
         **_rollout(record),
-        **standing(record.rollout, observations, words, where=where, troubled=troubled),
+        "trouble": desk.ticker.trouble if record.rollout.state in ACTIVE else "",
+        **standing(
+            record.rollout, observations, words, where=where, troubled=troubled, phases=phases
+        ),
     }
 
 

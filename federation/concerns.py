@@ -7,7 +7,7 @@ else a device does, so that they count only where the policy gives them a bound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +18,7 @@ from protos.messages import Health
 MEMORY_SLACK_BYTES = 64 * 1024 * 1024  # growth that is never held against a release
 LATENCY_SLACK_MS = 20.0
 LOAD_SLACK = 2.0  # processes
+SILENT = "silent"  # of a device that was told, and has said nothing of the release
 NAMED_MAX = 20  # devices of a concern that are named
 
 
@@ -75,7 +76,11 @@ def complaints(policy: Policy, one: Observation) -> tuple[Complaint, ...]:
 
 
 def concerns(
-    policy: Policy, reached: Sequence[Observation], *, waiting: bool = True
+    policy: Policy,
+    reached: Sequence[Observation],
+    *,
+    waiting: bool = True,
+    phases: Mapping[str, str] | None = None,
 ) -> list[Concern]:
     """What speaks against the release, by kind and reason, the most frequent first.
 
@@ -83,10 +88,12 @@ def concerns(
         policy: its bounds and retries.
         reached: the devices that were told, in any order.
         waiting: whether a device without an answer is a concern.
+        phases: how far devices without an answer have come, by name; the others are silent.
     """
     found: dict[tuple[Kind, str], list[str]] = {}
     for one in reached:
-        for kind, reason in _of(policy, one, waiting):
+        phase = (phases or {}).get(one.device_id, SILENT)
+        for kind, reason in _of(policy, one, waiting, phase):
             found.setdefault((kind, reason), []).append(one.device_id)
     order = list(Kind)
     rows = [
@@ -96,13 +103,13 @@ def concerns(
     return sorted(rows, key=lambda row: (order.index(row.kind), -row.devices, row.reason))
 
 
-def _of(policy: Policy, one: Observation, waiting: bool) -> list[tuple[Kind, str]]:
+def _of(policy: Policy, one: Observation, waiting: bool, phase: str) -> list[tuple[Kind, str]]:
     found = [(Kind.WORSE_OFF, str(complaint)) for complaint in complaints(policy, one)]
     if one.failed:
         kind = Kind.FAILED if one.given_up(policy.retries) else Kind.RETRYING
         found.append((kind, str(one.reason or one.outcome)))
     elif waiting and not one.committed:
-        found.append((Kind.WAITING, str(one.reason or one.outcome or "silent")))
+        found.append((Kind.WAITING, str(one.reason or one.outcome or phase)))
     return found
 
 

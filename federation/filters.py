@@ -115,8 +115,16 @@ class Many:
         return all(answers) if self.word == "and" else any(answers)
 
     def __str__(self) -> str:
-        """As :meth:`Filter.parse` reads it."""
-        return f" {self.word} ".join(_bracketed(part) for part in self.parts)
+        """As :meth:`Filter.parse` reads it.
+
+        With no more brackets than there were: what is stored must be no deeper than what was read.
+        """
+        return f" {self.word} ".join(
+            str(part)
+            if self.word == "or" and isinstance(part, Many) and part.word == "and"
+            else _bracketed(part)
+            for part in self.parts
+        )
 
 
 Term = Compare | Not | Many
@@ -141,7 +149,13 @@ class Filter:
         term = reader.term_of("or")
         if reader.word:
             raise reader.wrong("'and', 'or' or the end")
-        return cls(term)
+        found = cls(term)
+        if len(written := str(found)) > LENGTH_MAX:
+            raise FilterError(
+                f"a filter has at most {LENGTH_MAX} characters, this has {len(written)} when it is"
+                " written out with all its spaces"
+            )
+        return found
 
     def matches(self, facts: Mapping[str, Any]) -> bool:
         """Whether a device is meant.

@@ -2,7 +2,7 @@
 
 A report counts only if the device that the certificate names has signed it with the key that it
 enrolled with, and only once: ``sequence`` grows, and what is at or below the highest one stored is
-acknowledged again without effect. The exact signed bytes are kept.
+acknowledged again without effect. The exact signed bytes of the newest reports are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from federation.facts import changed_tags, facts
 from federation.filters import Filter
 from federation.orders import FAILURES, Observation
 from federation.presence import Presence
-from federation.reports import ReportError, check_report, consequences, keep_report
+from federation.reports import ReportError, check_report, consequences, forget_old, keep_report
 from federation.rollout import Rollout
 from federation.store import Store
 from protos.messages import (
@@ -34,6 +34,7 @@ from protos.messages import (
 )
 
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
+PHASES = frozenset({DeviceEvent.DOWNLOADED, DeviceEvent.STAGED})
 HIDDEN = frozenset({"certificate", "public_key", "gateway"})
 
 
@@ -99,6 +100,8 @@ class Fleet:
                 news |= changes
                 last = report.sequence
                 new.append(report)
+            if new:
+                forget_old(connection, device_id)
             news |= {"last_sequence": last, "last_seen": self._store.clock()}
             connection.execute(_update(device_id).values(news))
         if refused is not None:
@@ -127,6 +130,15 @@ class Fleet:
                 _observation(row, words.get((row["id"], release), {}), release, known_facts)
             )
         return found
+
+    def phases(self, rollout_id: str) -> dict[str, str]:
+        """How far each device has come with a rollout's release, before its outcome."""
+        table = tables.reports
+        query = sa.select(table.c.device_id, table.c.event).where(table.c.rollout == rollout_id)
+        query = query.where(table.c.event.in_([one.value for one in PHASES]))
+        with self._store.read() as connection:
+            rows = connection.execute(query.order_by(table.c.device_id, table.c.sequence))
+            return {row.device_id: row.event for row in rows}
 
     def outcomes(self, rollout_id: str) -> list[dict[str, Any]]:
         """Each device's last word on a rollout, for people."""
@@ -201,8 +213,9 @@ class Fleet:
                     raise UnknownDeviceError(f"{device_id} has no certificate {serial[:64]!r}")
                 self._store.log(connection, who, "revoke", f"{device_id} {serial}", why)
             else:
-                connection.execute(change)
-                connection.execute(_update(device_id).values(revoked=now))
+                connection.execute(change.where(issued.c.revoked.is_(None)))
+                since = sa.func.coalesce(tables.devices.c.revoked, now)  # said twice: the first
+                connection.execute(_update(device_id).values(revoked=since))
                 self._store.log(connection, who, "revoke", device_id, why)
             self._store.announce(connection, "revoked", device_id)
         self.refresh(device_id)

@@ -34,6 +34,8 @@ BEAT = 1.0  # seconds between two attempts to become the one that decides
 SILENCE = 15.0  # seconds after which one that decides and hangs must give way
 EAR = 0.2  # seconds of listening at a time
 PATIENCE = 5.0  # seconds that a start waits for its name, and then for the database to come back
+REST, REST_MAX = 4, 2.0  # times what a turn took, and seconds at most, before the next one
+IDLE, IDLE_MAX = 20, 10.0  # likewise, where nothing is to do
 _KNOWN = (FederationError, AggregationError)
 
 log = logging.getLogger("airpeft.federation.gateways")
@@ -222,6 +224,11 @@ class Gateway:
 async def keep_working(turn: Callable[[bool], None], poke: asyncio.Event, seconds: float) -> None:
     """Work whenever there is something to do, and every so many seconds.
 
+    A turn looks at every device: thousands of them that report at once must not have it look all
+    the time, nor a rollout that waits for a window keep a processor busy. So what a turn takes is
+    followed by four times as much rest, and by twenty times as much where nothing is to do; no more
+    than two and ten seconds, for a turn may also have waited for a disk.
+
     Args:
         turn: the work, on a thread; is told whether devices have reported something.
         poke: set when there is something to do.
@@ -229,7 +236,7 @@ async def keep_working(turn: Callable[[bool], None], poke: asyncio.Event, second
     """
     said = ""
     while True:
-        poked = poke.is_set()
+        poked, began = poke.is_set(), time.monotonic()
         poke.clear()
         try:
             await asyncio.to_thread(turn, poked)
@@ -241,6 +248,8 @@ async def keep_working(turn: Callable[[bool], None], poke: asyncio.Event, second
         except Exception:
             # Whatever it is passes or is mended; the ticker must still be there then.
             log.exception("a tick failed; the next one tries again")
+        took = time.monotonic() - began
+        await asyncio.sleep(min(REST * took, REST_MAX))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(seconds, min(IDLE * took, IDLE_MAX))):
                 await poke.wait()

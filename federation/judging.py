@@ -23,8 +23,9 @@ def reason_to_halt(
 
     Args:
         policy: the operator's thresholds.
-        arms: what is known of each active device, by the release that it is to take: one arm for
-            a plain rollout, two for a comparison. Devices that were not reached have no outcome.
+        arms: what is known of the devices reached, by the release that they are to take: one arm
+            for a plain rollout, two for a comparison. No others: whoever was not reached may say
+            what it likes, and the share of liars is one of those reached.
         reached: how many devices of each arm have been reached by now.
     """
     everybody, total = [one for arm in arms for one in arm], sum(reached)
@@ -84,7 +85,7 @@ def reason_to_hold(policy: Policy, arms: Sequence[Sequence[Observation]]) -> str
         arms: the devices reached, by the release that they are to take.
     """
     if not any(arms):
-        return "no device is reached"
+        return "no device is reached; abort, and choose another wave"
     for arm in arms:
         committed = sum(one.committed for one in arm)
         if arm and committed == 0:

@@ -124,8 +124,11 @@ def preview(
     at = rollout.halves[0] if rollout.other is not None else None
     rollout = replace(rollout, salt=choose_salt(rollout.id, rollout.waves, names, balanced_at=at))
     waves, inside = [], set[str]()
+    moved = 0
     for _ in rollout.waves:
         rollout = widen(rollout, observations)
+        if rollout.wave == 0:
+            moved = _moved(rollout, observations)
         now = {name for name in names if rollout.includes(name)}
         fresh = [one for one in observations if one.device_id in now - inside]
         waves.append(_wave(rollout, fresh, len(now), records, blind))
@@ -147,7 +150,10 @@ def preview(
         at_least_seconds=takes.at_least,
         at_most_seconds=takes.at_most,
         blind_band=blind_band(policy.clip, policy.liar_share),
-        warnings=tuple(_warnings(waves, policy, _needed(policy, len(rollout.targets), fall=False))),
+        warnings=(
+            *_moving(rollout, moved),
+            *_warnings(waves, policy, _needed(policy, len(rollout.targets), fall=False)),
+        ),
     )
 
 
@@ -199,6 +205,25 @@ def _fits(one: Observation, record: ReleaseRecord) -> bool:
     return base in (None, "", statement.base_digest) and (
         not runtime or runtime in statement.runtime
     )
+
+
+def _moved(rollout: Rollout, observations: Sequence[Observation]) -> int:
+    """Devices outside the first wave that run something else than what the fleet is said to have.
+
+    After an abort, a comparison, or where a device was enrolled while nothing was under way.
+    """
+    others = [one for one in observations if not rollout.includes(one.device_id)]
+    return sum(one.running != rollout.previous.release for one in others)
+
+
+def _moving(rollout: Rollout, moved: int) -> list[str]:
+    if not moved:
+        return []
+    return [
+        f"devices outside the first wave are told to take"
+        f" {rollout.previous.release or 'the base model alone'} at the start; {moved} of them run"
+        " something else now"
+    ]
 
 
 def _is_silent(one: Observation) -> bool:

@@ -99,8 +99,12 @@ class Published:
         Raises:
             NotFoundError: none may.
         """
+        try:
+            name = target_name(channel, 1)
+        except StatementError as error:
+            raise NotFoundError(f"no role may sign releases of such a channel: {error}") from None
         delegations = self.signed["targets"].delegations
-        for role, terminating in delegations.get_roles_for_target(target_name(channel, 1)):
+        for role, terminating in delegations.get_roles_for_target(name):
             if role in self.adapter_roles:
                 return str(role)
             if terminating:
@@ -213,6 +217,29 @@ class Published:
                 f"{record.name} is below the signed floor {floor} of its channel: choose a release "
                 f"from {record.statement.channel}-{floor} on"
             )
+
+    def refusal(self, name: str) -> str:
+        """Why every device would refuse a release of this name; empty if they would not.
+
+        Args:
+            name: of a release; empty for the base model alone.
+        """
+        if name:
+            try:
+                self.check_orderable(self.release(name))
+            except (NotFoundError, PublishError) as error:
+                return str(error)
+            return ""
+        floors = {
+            channel: n for said in self.standing.values() for channel, n in said.floors.items()
+        }
+        for record in self.releases:
+            statement = record.statement
+            floors[statement.channel] = max(floors.get(statement.channel, 0), statement.floor)
+        signed = [f"{channel}-{floor}" for channel, floor in sorted(floors.items()) if floor]
+        if signed:
+            return f"the base model alone lies below the signed floors: {', '.join(signed)}"
+        return ""
 
     def check_online(self, keyid: str) -> None:
         """Refuse an online key that devices would not believe.

@@ -77,6 +77,14 @@ class Reading:
         """
         self._state.check_orderable(record)
 
+    def refusal(self, name: str) -> str:
+        """Why every device would refuse a release; empty if they would not.
+
+        Args:
+            name: of a release; empty for the base model alone.
+        """
+        return self._state.refusal(name)
+
     def releases(self) -> tuple[ReleaseRecord, ...]:
         """Every release that the adapter keys vouch for, by channel and counter."""
         return self._state.releases

@@ -22,6 +22,8 @@ from protos.errors import WireError
 from protos.messages import DeviceEvent, Report, SignedReport, decode_report
 
 OUTCOMES = FAILURES | {DeviceEvent.COMMITTED}
+HEALTH_KEPT = 50  # of one device: four hours of them, as often as devices send them
+OTHERS_KEPT = 1_000  # of one device; its last word on each rollout stays in ``outcomes``
 ROLLOUT_MAX = 64  # characters; a longer name is of no rollout of ours
 
 
@@ -125,6 +127,25 @@ def keep_report(
         if word["quality"] is None:  # a later word of the same release doesn't unmeasure it
             word["quality"] = before["quality"]
         connection.execute(told.update().where(match).values(word))
+
+
+def forget_old(connection: sa.Connection, device_id: str) -> None:
+    """Keep the newest reports of a device, of health and of everything else.
+
+    A fleet of thousands that tells of its health every five minutes would fill a disk in days, and
+    so would one device that says the same thing over and over.
+
+    Args:
+        connection: in a transaction that writes.
+        device_id: whose.
+    """
+    table = tables.reports
+    health = table.c.event == DeviceEvent.HEALTH.value
+    for which, kept in ((health, HEALTH_KEPT), (~health, OTHERS_KEPT)):
+        mine = (table.c.device_id == device_id) & which
+        newest = sa.select(table.c.sequence).where(mine).order_by(table.c.sequence.desc())
+        beyond = newest.limit(1).offset(kept).scalar_subquery()
+        connection.execute(table.delete().where(mine & (table.c.sequence <= beyond)))
 
 
 def consequences(device: Mapping[str, Any], report: Report) -> dict[str, Any]:

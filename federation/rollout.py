@@ -18,13 +18,16 @@ Transitions (``decide`` on the left of a comma, an operator's verb on the right)
                                           success, the next wave begins
     under way          halted             failures, health or quality beyond the policy's bounds
     halted             rolling_back       always, next: round that takes all to the release before
-    under way, done    rolling_back       rollback
-    rolling_back       rolled_back        nobody runs the release any more, or the deadline passed
+    halted             aborted            instead, where devices would refuse every release before
+    under way, done,   rolling_back       rollback, unless devices would refuse every release before
+    aborted
+    rolling_back       rolled_back        nobody runs the release any more, or the deadline passed;
+                                          or abort, which ends the wait alone
     draft, under way   aborted            abort: round without assignments, everybody stays
 
 "Under way" is running, paused and awaiting approval: a pause stops the advance, never the brake.
-``rolled_back`` and ``aborted`` are final; a round that rolls back stays in force, so that a device
-which was away comes back to the previous release too.
+``rolled_back`` is final, and ``aborted`` but for a roll-back; a round that rolls back stays in
+force, so that a device which was away comes back to the previous release too.
 
 A device *settles* when it commits, fails more often than its class of failure may try again, or is
 silent for longer than the policy's deadline; so no device can block a wave for ever. A wave settles
@@ -50,6 +53,7 @@ from federation.rollout_nouns import (
     Rollout,
     State,
     Verb,
+    check_allowed,
 )
 from federation.waves import RolloutError, choose_salt, pick, reach, reach_of
 from protos.messages import BUCKETS, bucket
@@ -64,6 +68,7 @@ def act(
     now: float,
     why: str = "",
     who: str = "",
+    no_way_back: str = "",
 ) -> Decision:
     """Do what an operator asks.
 
@@ -74,15 +79,17 @@ def act(
         now: Unix seconds.
         why: the operator's words, for the round and the log.
         who: the operator's name; starting and approving take two.
+        no_way_back: why devices would refuse the release before; empty if they would not.
 
     Raises:
-        RolloutError: the state doesn't allow it, nobody is enrolled to start with, or the operator
-            who started it wants to approve it as well.
+        RolloutError: the state doesn't allow it, nobody is enrolled to start with, the operator
+            who started it wants to approve it as well, or there is no way back.
     """
-    if rollout.state not in ALLOWED[verb]:
-        allowed = ", ".join(sorted(ALLOWED[verb]))
+    check_allowed(rollout, verb)
+    if verb is Verb.ROLLBACK and no_way_back:
         raise RolloutError(
-            f"cannot {verb} rollout {rollout.id}: it is {rollout.state}; {verb} needs: {allowed}"
+            f"cannot rollback rollout {rollout.id}: {no_way_back}; devices would stay as they are."
+            " Roll out a newer release; until then, abort stops a rollout that is under way"
         )
     why = why or f"operator: {verb}"
     if verb is Verb.START:
@@ -102,6 +109,8 @@ def act(
             passed = replace(rollout, held=False, cleared=rollout.wave)
             return _to(passed, State.RUNNING, why)
         return _to(replace(rollout, wave_began=now, settled_at=None), State.RUNNING, why)
+    if verb is Verb.ABORT and rollout.state is State.ROLLING_BACK:
+        return _rolled_back(rollout, observations, suffix=f"; no longer waited for: {why}")
     if verb is Verb.ABORT:
         orders = None
         if rollout.state is not State.DRAFT:
@@ -110,31 +119,36 @@ def act(
     return _roll_back(rollout, now, why)
 
 
-def decide(rollout: Rollout, observations: Sequence[Observation], now: float) -> Decision:
+def decide(
+    rollout: Rollout, observations: Sequence[Observation], now: float, no_way_back: str = ""
+) -> Decision:
     """One step, if there is one to take; otherwise the rollout as it was.
 
     Args:
         rollout: as stored.
         observations: one for each active device.
         now: Unix seconds.
+        no_way_back: why devices would refuse the release before; empty if they would not. Looked
+            at where the rollout is halted.
     """
     if rollout.state in UNDER_WAY:
-        arms = _arms(rollout, observations)
-        reached = [sum(rollout.includes(one.device_id) for one in arm) for arm in arms]
-        reason = reason_to_halt(rollout.policy, arms, reached)
+        # What a device says that was not reached is no news of the release: it may be a lie.
+        arms = _arms(rollout, [one for one in observations if rollout.includes(one.device_id)])
+        reason = reason_to_halt(rollout.policy, arms, [len(arm) for arm in arms])
         if reason:
             return _to(rollout, State.HALTED, reason)
     if rollout.state is State.RUNNING:
         return _go_on(rollout, observations, now)
     if rollout.state is State.HALTED:
+        if no_way_back:
+            why = f"{rollout.why}; devices stay as they are, for there is no way back:"
+            orders = Orders(rollout.salt, (), f"halted: {rollout.why}")
+            return _to(rollout, State.ABORTED, f"{why} {no_way_back}", orders)
         return _roll_back(rollout, now, rollout.why)
     if rollout.state is State.ROLLING_BACK:
-        names = {target.release for target in rollout.targets}
-        left = [one.device_id for one in observations if one.running in names]
         late = now - rollout.wave_began >= rollout.policy.deadline_seconds
-        if not left or late:
-            missing = f"; {len(left)} devices have not answered yet" if left else ""
-            return _to(rollout, State.ROLLED_BACK, rollout.why, suffix=missing)
+        if late or not _still_with_it(rollout, observations):
+            return _rolled_back(rollout, observations)
     return Decision(rollout)
 
 
@@ -199,24 +213,25 @@ def _go_on(rollout: Rollout, observations: Sequence[Observation], now: float) ->
         # A device enrolled during the bake belongs to the wave as well.
         return Decision(replace(rollout, settled_at=None))
     name = f"wave {rollout.wave + 1}"
+    silent = f", {len(waiting)} silent" if waiting else ""
     shortfall = reason_to_hold(policy, _arms(rollout, reached))
-    if shortfall:
+    if shortfall and rollout.cleared < rollout.wave:  # else an operator has let the wave pass
         return _to(replace(rollout, held=False), State.PAUSED, f"{name}: {shortfall}")
     if rollout.settled_at is None:
         rollout = replace(rollout, settled_at=now)
         if policy.bake_seconds > 0:
-            silent = f", {len(waiting)} silent" if waiting else ""
             return Decision(rollout, line=f"{name} settled{silent}; baking")
     elif now - rollout.settled_at < policy.bake_seconds:
         return Decision(rollout)
     if rollout.wave + 1 == len(rollout.waves):
-        return _to(rollout, State.DONE, "every wave has settled")
+        return _to(rollout, State.DONE, f"every wave has settled{silent}")
     if policy.two_person and not rollout.approved_by:
-        return _to(rollout, State.AWAITING_APPROVAL, f"{name} went well; a second operator decides")
+        asks = f"{name} went well{silent}; a second operator decides"
+        return _to(rollout, State.AWAITING_APPROVAL, asks)
     if policy.on_success is OnSuccess.PAUSE and rollout.cleared < rollout.wave:
         held = replace(rollout, held=True)
-        return _to(held, State.PAUSED, f"{name} went well; resume begins the next")
-    return _next_wave(rollout, observations, now, "the wave before has settled")
+        return _to(held, State.PAUSED, f"{name} went well{silent}; resume begins the next")
+    return _next_wave(rollout, observations, now, f"the wave before has settled{silent}")
 
 
 def _next_wave(
@@ -250,7 +265,22 @@ def _tell_more(rollout: Rollout, observations: Sequence[Observation], now: float
 def _roll_back(rollout: Rollout, now: float, why: str) -> Decision:
     returning = replace(rollout, wave_began=now, settled_at=None)
     orders = rollout.orders_back(f"rolled back: {why}")
-    return _to(returning, State.ROLLING_BACK, why, orders)
+    back = f"; back to {rollout.previous.release or 'the base model'}"
+    return _to(returning, State.ROLLING_BACK, why, orders, suffix=back)
+
+
+def _rolled_back(
+    rollout: Rollout, observations: Sequence[Observation], suffix: str = ""
+) -> Decision:
+    """The end of a roll-back, whose round stays in force."""
+    left = _still_with_it(rollout, observations)
+    missing = f"; {left} devices have not answered yet" if left else ""
+    return _to(rollout, State.ROLLED_BACK, rollout.why, suffix=missing + suffix)
+
+
+def _still_with_it(rollout: Rollout, observations: Sequence[Observation]) -> int:
+    names = {target.release for target in rollout.targets}
+    return sum(one.running in names for one in observations)
 
 
 def _to(

@@ -18,8 +18,15 @@ from federation import rollout_options as options
 from federation.errors import FederationError
 from federation.policy import Policy
 from federation.rate import Rate
-from federation.rollout_nouns import ALLOWED, State, Verb
-from federation.rollout_shown import effect, print_plan, print_rollout, print_rollouts, progress
+from federation.rollout_nouns import State, Verb, allows
+from federation.rollout_shown import (
+    effect,
+    print_plan,
+    print_rollout,
+    print_rollouts,
+    progress,
+    say,
+)
 from federation.shown import (
     BAD_INPUT,
     HERE,
@@ -237,7 +244,7 @@ def rollout_watch(
             typer.echo(json.dumps(envelope("rollout", one)))
         elif (line := progress(one)) != said:
             said = line
-            typer.echo(f"{at(one['updated'])} {line}")
+            say(f"{at(one['updated'])} {line}")
 
     def away(why: str) -> None:
         typer.echo(f"waiting for the server: {why}", err=True)
@@ -279,7 +286,7 @@ def _verb(verb: Verb, text: str) -> None:
         with plain_errors(), call_operator(home, url, token_file) as operator:
             if dry_run or (asks and not yes and sys.stdin.isatty()):
                 now = operator.rollout(name)
-                allowed = State(now["state"]) in ALLOWED[verb]
+                allowed = allows(verb, State(now["state"]), now["wave"])
                 words = effect(verb, now, allowed)
                 if dry_run:
                     said = {"rollout": name, "verb": verb, "possible": allowed, "effect": words}
@@ -294,5 +301,5 @@ def _verb(verb: Verb, text: str) -> None:
 _verb(Verb.APPROVE, "Let it go beyond the first wave; another operator than the one who started.")
 _verb(Verb.PAUSE, "Tell no further device; those that were told go on, and failures still halt.")
 _verb(Verb.RESUME, "Go on; the current wave's deadline starts anew.")
-_verb(Verb.ABORT, "Stop; every device stays as it is.")
+_verb(Verb.ABORT, "Stop; every device stays as it is. Of a roll-back, end only the wait.")
 _verb(Verb.ROLLBACK, "Take every device back to the release before.")

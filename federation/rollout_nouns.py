@@ -53,9 +53,17 @@ ALLOWED: Mapping[Verb, frozenset[State]] = {
     Verb.APPROVE: frozenset({State.AWAITING_APPROVAL}),
     Verb.PAUSE: frozenset({State.RUNNING}),
     Verb.RESUME: frozenset({State.PAUSED}),
-    Verb.ABORT: UNDER_WAY | {State.DRAFT},
-    Verb.ROLLBACK: UNDER_WAY | {State.DONE},
+    Verb.ABORT: UNDER_WAY | {State.DRAFT, State.ROLLING_BACK},
+    Verb.ROLLBACK: UNDER_WAY | {State.DONE, State.ABORTED},
 }
+
+
+def allows(verb: Verb, state: State, wave: int) -> bool:
+    """Whether a rollout in this state, and at this wave, takes an operator's verb.
+
+    What never began has nothing to go back from.
+    """
+    return state in ALLOWED[verb] and (verb is not Verb.ROLLBACK or wave >= 0)
 
 
 @dataclass(frozen=True)
@@ -221,6 +229,20 @@ class Rollout:
                 "told": tuple((float(at), int(count)) for at, count in fields.get("told", ())),
                 "state": State(fields["state"]),
             }
+        )
+
+
+def check_allowed(rollout: Rollout, verb: Verb) -> None:
+    """Refuse a verb that the rollout's state does not allow.
+
+    Raises:
+        RolloutError: names the states in which it is allowed.
+    """
+    if not allows(verb, rollout.state, rollout.wave):
+        state = str(rollout.state) + (", and it never began" if rollout.wave < 0 else "")
+        raise RolloutError(
+            f"cannot {verb} rollout {rollout.id}: it is {state};"
+            f" {verb} needs: {', '.join(sorted(ALLOWED[verb]))}"
         )
 
 

@@ -28,6 +28,8 @@ def progress(one: Mapping[str, Any]) -> str:
     if pace is not None and pace["waiting"]:
         parts.append(f"{pace['waiting']} to be told at {pace['per_minute']} a minute")
     parts += [_grouped(kind, rows) for kind, rows in _kinds(one["concerns"]).items()]
+    if one["trouble"]:
+        parts.append(f"the fleet is not told yet: {one['trouble']}")
     if one["why"]:
         parts.append(one["why"])
     return f"{one['id']} {one['state']}, wave {wave_of(one)}: {'; '.join(parts)}"
@@ -37,15 +39,19 @@ def effect(verb: Verb, one: Mapping[str, Any], allowed: bool) -> str:
     """What a verb would do to how many devices."""
     done, name = one["progress"], one["id"]
     if not allowed:
-        needs = ", ".join(sorted(ALLOWED[verb]))
-        return f"cannot {verb} {name}: it is {one['state']}; {verb} needs: {needs}"
+        needs, never = ", ".join(sorted(ALLOWED[verb])), ", and it never began"
+        state = one["state"] + (never if one["wave"] < 0 else "")
+        return f"cannot {verb} {name}: it is {state}; {verb} needs: {needs}"
     before = one["previous"]["release"] or "the base model"
     running = done["running"]
     wave = min(one["wave"] + 1, len(one["waves"]) - 1)
     further = f"wave {wave + 1} of {len(one['waves'])} ({one['waves'][wave]})"
     words = {
         Verb.ROLLBACK: f"{running} devices that run it go back to {before}, at once",
-        Verb.ABORT: f"all devices stay as they are, {running} of {done['fleet']} with the release",
+        Verb.ABORT: f"all devices stay as they are, {running} of {done['fleet']} with the release"
+        if one["state"] != "rolling_back"
+        else f"the {running} devices that still run it are no longer waited for; they go back to"
+        f" {before} when they come",
         Verb.PAUSE: f"no further device is told; the {done['reached']} that were told go on",
         Verb.APPROVE: f"{further} begins at once, if another operator than"
         f" {one['started_by'] or '?'} says so",
@@ -75,29 +81,36 @@ def print_rollout(one: Mapping[str, Any]) -> None:
     names = one["release"]["release"]
     if one["other"] is not None:
         names = f"{names} | {one['other']['release']}"
-    _say(f"{one['id']}: {before} -> {names}, {one['state']}", one["why"])
-    _say(f"wave {wave_of(one)} of {', '.join(one['waves'])}", _told(one), sign=": ")
+    say(f"{one['id']}: {before} -> {names}, {one['state']}", one["why"])
+    say(f"wave {wave_of(one)} of {', '.join(one['waves'])}", _told(one), sign=": ")
     for line in _pace(one["pace"]):
-        _say(line)
+        say(line)
     for kind, rows in _kinds(one["concerns"]).items():
-        _say(_grouped(kind, rows) + _allowed(kind, one["progress"]))
+        say(_grouped(kind, rows) + _allowed(kind, one["progress"]))
     for found in one["evidence"]:
         if found["devices"]:
-            _say(
+            say(
                 f"accuracy with {found['release']}: falls by {found['mean']:+.4f} on"
                 f" {_devices(found['devices'])} ({found['trimmed']} left out), evidence"
                 f" {found['capital']:.3g} of {found['needed']:.3g} needed to halt"
             )
     if one["comparison"] is not None:
-        _say(_comparison(one))
+        say(_comparison(one))
+    if one["trouble"]:
+        say(f"the fleet is not told yet: {one['trouble']}; it is tried again")
+    if one["state"] == "paused" and not one["held"]:
+        say(
+            f"next: airpeft rollout resume {one['id']} gives the wave another deadline; rollback"
+            " takes all back, abort leaves them as they are"
+        )
     if one["needs_approval"]:
-        _say(f"next: airpeft rollout approve {one['id']}, by another than {one['started_by']}")
+        say(f"next: airpeft rollout approve {one['id']}, by another than {one['started_by']}")
     _print_devices(one)
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
     """What would happen."""
-    _say(
+    say(
         f"{plan['previous'] or '(base)'} -> {' | '.join(plan['releases'])} on {plan['fleet']}"
         " devices; nothing has happened"
     )
@@ -122,18 +135,19 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     )
     print_table(columns, rows, "no wave")
     if plan["rate"]:
-        _say(f"rate: {plan['rate']}")
-    _say(
+        say(f"rate: {plan['rate']}")
+    say(
         f"takes {lasting(plan['at_least_seconds'])} and what the devices need; with devices that"
         f" stay silent at most {lasting(plan['at_most_seconds'])}"
     )
     if plan["fall_reports"] is not None:
-        _say(f"a clear fall of accuracy halts after {plan['fall_reports']} devices report it")
+        say(f"a clear fall of accuracy halts after {plan['fall_reports']} devices report it")
     for warning in plan["warnings"]:
-        _say(f"look: {warning}")
+        say(f"look: {warning}")
 
 
-def _say(text: str, more: str = "", *, sign: str = "; ") -> None:
+def say(text: str, more: str = "", *, sign: str = "; ") -> None:
+    """A line for people, folded where it is longer than a terminal."""
     text = f"{text}{sign}{more}" if more else text
     typer.echo(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 
@@ -203,7 +217,7 @@ def _print_devices(one: Mapping[str, Any]) -> None:
             "yes" if d["in_wave"] else "no",
             *([d["release"]] if compared else []),
             d["running"] or "(base)",
-            d["outcome"] or "",
+            d["outcome"] or d["phase"],
             ", ".join([d["reason"] or "", *d["complaints"]]).strip(", "),
             _change(d["quality"]),
         )
@@ -212,7 +226,7 @@ def _print_devices(one: Mapping[str, Any]) -> None:
     columns = ("DEVICE", "TOLD", *(["TAKES"] if compared else []), "RUNNING", "OUTCOME")
     print_table((*columns, "REASON", "ACCURACY"), rows, "no such device")
     if len(order) > ROWS_MAX:
-        _say(
+        say(
             f"and {len(order) - ROWS_MAX} more devices: choose with --where or --troubled, or take"
             " them all with --format json"
         )

@@ -73,6 +73,7 @@ class ServerConfig:
         tick_seconds: how often rollouts are looked at when nothing happens.
         heartbeat_seconds: on idle Watch streams.
         certificate_days: life of a device certificate; devices renew by themselves.
+        alone_share: of the fleet, that one operator reaches alone; None: no bound.
         new_admin_token: replace the operator's token.
         database: of PostgreSQL; None for an SQLite file in the home.
         gateway: name of this one, where several share home and database.
@@ -90,6 +91,7 @@ class ServerConfig:
     tick_seconds: float = 1.0
     heartbeat_seconds: float = 60.0
     certificate_days: float = 30.0
+    alone_share: float | None = None
     new_admin_token: bool = False
     die_with_parent: bool = False
     database: sa.URL | None = None
@@ -188,7 +190,8 @@ async def _serve(config: ServerConfig, parts: _Parts, stack: contextlib.AsyncExi
     await asyncio.to_thread(gateway.start)
     life = timedelta(days=config.certificate_days)
     enrolment = Enrolment(parts.store, parts.authority, parts.repository.root, life=life)
-    ticker = Ticker(parts.store, parts.fleet, parts.repository, gateway.wake)
+    alone = config.alone_share
+    ticker = Ticker(parts.store, parts.fleet, parts.repository, gateway.wake, alone_share=alone)
     dates, jumps = Dates(parts.store), ClockJumps(parts.store.clock)
 
     def turn(poked: bool) -> None:

@@ -40,6 +40,15 @@ def server(
     certificate_days: Annotated[
         float, typer.Option(min=0.01, max=3650, help="Life of a device certificate.")
     ] = 30.0,
+    alone_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the fleet (at least one device) that one operator reaches alone; beyond"
+            " it every rollout needs --two-person.",
+        ),
+    ] = None,
     new_admin_token: Annotated[
         bool, typer.Option("--new-admin-token", help="Replace the operator's token.")
     ] = False,
@@ -91,6 +100,7 @@ def server(
                 passphrases=Passphrases(offline=_passphrase(passphrase_file)),
                 heartbeat_seconds=heartbeat_seconds,
                 certificate_days=certificate_days,
+                alone_share=alone_share,
                 new_admin_token=new_admin_token,
                 die_with_parent=die_with_parent,
                 database=_database(database, database_password_file),

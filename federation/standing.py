@@ -26,6 +26,7 @@ def standing(
     *,
     where: Filter | None = None,
     troubled: bool = False,
+    phases: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that is known of a rollout, as ``RolloutStatus`` of the interface has it.
 
@@ -35,10 +36,12 @@ def standing(
         words: a device's last word on a release, by (device, release).
         where: of the devices, list only those that it means; all are counted.
         troubled: of the devices, list only those that speak against the release.
+        phases: how far devices have come that have given no word yet, by device.
     """
+    phases = phases or {}
     started = rollout.wave >= 0
     reached = [one for one in observations if started and rollout.includes(one.device_id)]
-    found = concerns(rollout.policy, reached, waiting=rollout.state in UNDER_WAY)
+    found = concerns(rollout.policy, reached, waiting=rollout.state in UNDER_WAY, phases=phases)
     inside = {one.device_id for one in reached}
     listed = [one for one in observations if where is None or where.matches(one.facts)]
     if troubled:
@@ -48,8 +51,15 @@ def standing(
         "concerns": [_plain(one) for one in found],
         "pace": _pace(rollout, observations),
         **_quality(rollout, observations, inside),
-        "devices": [_device(rollout, one, words, one.device_id in inside) for one in listed],
+        "devices": [
+            {**_device(rollout, one, words, one.device_id in inside), "phase": _phase(one, phases)}
+            for one in listed
+        ],
     }
+
+
+def _phase(one: Observation, phases: Mapping[str, str]) -> str:
+    return phases.get(one.device_id, "") if one.outcome is None else ""
 
 
 def _troubled(rollout: Rollout, one: Observation) -> bool:
@@ -99,12 +109,12 @@ def _quality(
     policy = rollout.policy
     arms: list[list[Observation]] = [[] for _ in rollout.targets]
     for one in observations:
-        arms[rollout.arm(one.device_id)].append(one)
+        if one.device_id in inside:
+            arms[rollout.arm(one.device_id)].append(one)
     evidence = []
     for target, arm in zip(rollout.targets, arms, strict=True):
-        size = sum(one.device_id in inside for one in arm)
-        found = quality_fall(policy, arm, size, arms=len(arms))
-        shown = {"release": target.release, "shown": found.shown, "reached": size}
+        found = quality_fall(policy, arm, len(arm), arms=len(arms))
+        shown = {"release": target.release, "shown": found.shown, "reached": len(arm)}
         evidence.append({**shown, **asdict(found)})
     compared = None
     if rollout.other is not None:

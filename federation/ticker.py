@@ -22,13 +22,15 @@ import sqlalchemy as sa
 from federation import rollout_book as book
 from federation import tables, turns
 from federation.fleet import Fleet
+from federation.four_eyes import check_alone
 from federation.orders import Target
 from federation.planning import Preview, Unreadable, preview
 from federation.policy import Policy
 from federation.publishing import Publisher
 from federation.repository import Repository
-from federation.rollout import ACTIVE, Decision, Rollout, Verb, act, decide
+from federation.rollout import Decision, Rollout, State, Verb, act, decide
 from federation.rollout_book import RolloutRecord
+from federation.rollout_nouns import ACTIVE, check_allowed
 from federation.store import Store
 from federation.waves import RolloutError, Wave
 
@@ -46,6 +48,7 @@ class Ticker:
         fleet: what is known of the devices.
         repository: opened with the online key.
         changed: called after the repository changed, from the calling thread.
+        alone_share: see :mod:`federation.four_eyes`; None: no bound.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Ticker:
         fleet: Fleet,
         repository: Repository,
         changed: Callable[[], None] = lambda: None,
+        alone_share: float | None = None,
     ) -> None:
         self._store, self._fleet, self._repository = store, fleet, repository
+        self._alone_share = alone_share
         self._publisher = Publisher(store, repository, changed)
         self._lock = threading.RLock()
 
@@ -131,14 +136,23 @@ class Ticker:
         policy: Policy,
         other: str | None,
     ) -> Rollout:
-        return Rollout(
+        first = self._target(release)
+        second = self._target(other) if other is not None else None
+        both = (first,) if second is None else (first, second)
+        draft = Rollout(
             id=book.next_id(connection),
-            release=self._target(release),
-            other=self._target(other) if other is not None else None,
-            previous=book.baseline(connection),
+            release=first,
+            other=second,
+            previous=book.baseline(connection, self._repository.refusal, both),
             waves=tuple(waves),
             policy=policy,
         )
+        self._check_alone(draft)
+        return draft
+
+    def _check_alone(self, draft: Rollout) -> None:
+        if self._alone_share is not None:
+            check_alone(draft, self._fleet.observations(draft), self._alone_share)
 
     def _target(self, name: str) -> Target:
         record = self._repository.release(name)
@@ -162,7 +176,7 @@ class Ticker:
             RolloutError: as for :meth:`create` and :meth:`act`.
         """
         with self._lock:
-            self._check_governs(None)
+            book.check_governs(self.records(), None)
             draft = self.create(release, waves, policy, who=who, why=why, other=other)
             try:
                 return self.act(draft.id, Verb.START, who=who, why=why)
@@ -186,16 +200,31 @@ class Ticker:
         return acted
 
     def _act(self, turn: int, rollout_id: str, verb: Verb, who: str, why: str) -> Rollout:
-        rollout = self.record(rollout_id).rollout
+        rollout, stuck = self.record(rollout_id).rollout, ""
+        check_allowed(rollout, verb)
         if verb in (Verb.START, Verb.ROLLBACK):
-            self._check_governs(rollout)
+            book.check_governs(self.records(), rollout)
         if verb is Verb.START:
-            with self._store.read() as connection:
-                rollout = replace(rollout, previous=book.baseline(connection))
+            rollout = self._as_of_now(rollout)
+        if verb is Verb.ROLLBACK:
+            rollout, stuck = self._way_back(rollout)
         observations = self._fleet.observations(rollout)
-        decision = act(rollout, verb, observations, self._store.clock(), why, who)
+        decision = act(rollout, verb, observations, self._store.clock(), why, who, stuck)
         self._apply(decision, who, verb.value, turn)
         return decision.rollout
+
+    def _as_of_now(self, draft: Rollout) -> Rollout:
+        """A draft that begins: time may have passed since it was made."""
+        self._check_alone(draft)
+        for target in draft.targets:
+            self._repository.check_orderable(self._repository.release(target.release))
+        with self._store.read() as connection:
+            before = book.baseline(connection, self._repository.refusal, draft.targets)
+        return replace(draft, previous=before)
+
+    def _way_back(self, rollout: Rollout) -> tuple[Rollout, str]:
+        with self._store.read() as connection:
+            return book.way_back(connection, rollout, self._repository.refusal)
 
     def tick(self) -> None:
         """Publish what is pending and take every step that can be taken now.
@@ -228,8 +257,11 @@ class Ticker:
             rollout = self.record(rollout_id).rollout
             if rollout.state not in ACTIVE:
                 return
+            stuck = ""
+            if rollout.state is State.HALTED:
+                rollout, stuck = self._way_back(rollout)
             observations = self._fleet.observations(rollout)
-            decision = decide(rollout, observations, self._store.clock())
+            decision = decide(rollout, observations, self._store.clock(), stuck)
             if decision == Decision(rollout):
                 return
             try:
@@ -238,31 +270,16 @@ class Ticker:
                 continue
             self._publisher.publish()
 
-    def _check_governs(self, rollout: Rollout | None) -> None:
-        """Refuse if another rollout is under way, or came after this one."""
-        newer = True
-        for record in self.records():
-            other = record.rollout
-            if rollout is not None and other.id == rollout.id:
-                newer = False
-            elif other.state in ACTIVE:
-                raise RolloutError(
-                    f"rollout {other.id} of {other.release.release} is {other.state}: wait for it,"
-                    f" or stop it with: airpeft rollout abort {other.id}"
-                )
-            elif newer and rollout is not None and rollout.wave >= 0 and other.wave >= 0:
-                raise RolloutError(
-                    f"rollout {other.id} came after {rollout.id}: start a new rollout of the"
-                    " release that you want"
-                )
-
     def _apply(self, decision: Decision, who: str, action: str, turn: int) -> None:
         rollout, now = decision.rollout, self._store.clock()
         self._repository.refresh()
         with self._store.write() as connection:
             turns.take(connection, turn)
+            row = book.row_of(rollout, now)
+            if action == Verb.START.value:  # a draft may be older than a rollout that has begun
+                row |= book.newest_number(connection, rollout.id)
             update = tables.rollouts.update().where(tables.rollouts.c.id == rollout.id)
-            connection.execute(update.values(book.row_of(rollout, now)))
+            connection.execute(update.values(row))
             if decision.orders is not None:
                 known = connection.execute(sa.select(sa.func.max(tables.rounds.c.sequence)))
                 sequence = max(known.scalar() or 0, self._repository.round().sequence) + 1

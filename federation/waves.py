@@ -21,7 +21,7 @@ from protos.messages import BUCKETS, bucket
 
 SALTS_TRIED = 64
 WAVES_MAX = 50
-_EXPONENTIAL = re.compile(r"([0-9.]+)(%?) *x *([0-9.]+)\Z", re.ASCII)
+_EXPONENTIAL = re.compile(r"([0-9]+(?:\.[0-9]+)?)(%?) *x *([0-9]+(?:\.[0-9]+)?)\Z", re.ASCII)
 
 
 class RolloutError(FederationError):
@@ -80,7 +80,10 @@ class Wave:
 
     def __str__(self) -> str:
         """As :meth:`parse` reads it."""
-        size = f"{self.percent:g}%" if self.percent is not None else str(self.count)
+        size = str(self.count)
+        if self.percent is not None:
+            short = f"{self.percent:g}"  # six digits; a plan is stored as it is written here
+            size = f"{short if float(short) == self.percent else repr(self.percent)}%"
         return size if self.where is None else f"{size} where {self.where}"
 
     @property
@@ -151,7 +154,7 @@ def parse_plan(words: Sequence[str], fleet: int) -> tuple[Wave, ...]:
             raise RolloutError(f"wave {word!r}: it grows by a factor above 1, such as 1x2")
         end = 100.0 if match[2] else float(fleet)
         while size < end and len(waves) < WAVES_MAX:
-            waves.append(Wave(percent=size) if match[2] else Wave(count=math.ceil(size)))
+            waves.append(Wave(percent=round(size, 4)) if match[2] else Wave(count=math.ceil(size)))
             size *= factor
         waves.append(Wave(percent=100.0))
     return check_waves(waves)

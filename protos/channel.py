@@ -12,6 +12,9 @@ Why each option is there (measured):
 * ``max_connection_idle`` and ``handshake_timeout``: a device that is there keeps a stream open, so
   whoever holds a connection without a call, half a request's headers or half a handshake included,
   loses it. ``max_concurrent_streams``: of one connection; a device has a handful.
+* ``tsi.max_frame_size``, at servers: every connection holds a buffer for one TLS record that it
+  sends; 8 instead of 16 KiB spare 4 KiB of each idle stream for 22 bytes more in 8 KiB.
+  ``channelz`` off spares one more: nobody can ask for what it gathers.
 * ``so_reuseport`` off: on (the default) a forgotten old server silently takes half of the
   devices; off, the second one fails to start.
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 SERVER_NAME = "fleet.airpeft.internal"
 LOOKAHEAD = 128 * 1024  # bytes
 MESSAGE_MAX = 16 * 1024 * 1024  # bytes
+RECORD = 8 * 1024  # bytes of a TLS record of the server
 REQUEST_MAX = 1024 * 1024  # bytes
 IDLE = 120.0  # seconds of a connection without a call
 HANDSHAKE = 20.0  # seconds
@@ -64,6 +68,8 @@ def server_options() -> list[Option]:
         ("grpc.max_connection_idle_ms", int(1000 * IDLE)),
         ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE)),
         ("grpc.max_concurrent_streams", 128),
+        ("grpc.tsi.max_frame_size", RECORD),
+        ("grpc.enable_channelz", 0),
         ("grpc.max_receive_message_length", REQUEST_MAX),
         ("grpc.max_send_message_length", MESSAGE_MAX),
     ]

@@ -161,4 +161,4 @@ def test_each_arm_of_a_comparison_is_judged_alone() -> None:
     assert reason_to_halt(policy, [good, good], [40, 40]) == ""
     assert "falls by" in reason_to_halt(policy, [good, bad], [40, 40])
     assert reason_to_hold(policy, [good, []]) == ""
-    assert reason_to_hold(policy, [[], []]) == "no device is reached"
+    assert reason_to_hold(policy, [[], []]).startswith("no device is reached")

@@ -151,3 +151,13 @@ def test_waves_carry_filters_and_grow_exponentially() -> None:
     ):
         with pytest.raises(RolloutError, match=message):
             parse_plan(words, 10)
+
+
+def test_what_is_written_out_can_be_read_again() -> None:
+    deep = 'tag.a == "1"'
+    for _ in range(20):
+        deep = f'tag.a=="1"or tag.b=="2"and ({deep})'
+    found = Filter.parse(deep)
+    assert Filter.parse(str(found)) == found
+    with pytest.raises(FilterError, match="when it is written out"):
+        Filter.parse("or ".join(["cpu_count<1"] * 70))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from federation.operators import Role
+from protos.messages import DeviceEvent
 from tests.delivery.test_operators import Interface
 from tests.delivery.test_ticker import House
 
@@ -64,6 +65,9 @@ def test_every_answer_and_every_error_is_described(interface: Interface) -> None
         ("POST", "/v1/rollouts", None, 422, "invalid", "body"),
         ("POST", "/v1/rollouts/r-1/dance", {}, 422, "invalid", "verb:"),
         ("GET", "/v1/rollouts?state=asleep", None, 422, "invalid", "state"),
+        ("GET", "/v1/repository/adapters?channel=no/such", None, 404, "notfound", "no/such"),
+        ("GET", "/v1/audit/verify?head=zz", None, 422, "invalid", "head"),
+        ("POST", "/v1/rollouts", {"release": "x", "waves": ["1.2.3x2"]}, 409, "rollout", "1.2.3x2"),
         ("GET", "/v1/devices?where=tag.x", None, 400, "filter", "tag.x"),
         ("GET", "/v1/devices?silent_hours=-1", None, 422, "invalid", "silent_hours"),
         (
@@ -115,6 +119,12 @@ def test_a_rollout_at_a_rate_is_shown_with_pace_progress_and_concerns(
     assert [(c["kind"], c["reason"], c["devices"]) for c in one["concerns"]] == [
         ("no answer yet", "silent", 1)
     ]
+    (told,) = [device["device_id"] for device in one["devices"] if device["in_wave"]]
+    for event in (DeviceEvent.DOWNLOADED, DeviceEvent.STAGED):
+        house.say(told, event, release="stable-1", rollout=one["id"])
+    status = interface.ok(Role.VIEWER, "GET", f"/v1/rollouts/{one['id']}")
+    assert [c["reason"] for c in status["concerns"]] == ["staged"], "waits, and is not silent"
+    assert {d["device_id"]: d["phase"] for d in status["devices"]}[told] == "staged"
     house.obey(house.ticker.record(one["id"]).rollout)
     status = interface.ok(Role.VIEWER, "GET", f"/v1/rollouts/{one['id']}")
     assert status["pace"]["per_minute"] == 12

@@ -36,13 +36,15 @@ from federation.operators import (
     operator_of,
     revoke_operator,
 )
+from federation.policy import Policy
 from federation.rollout import Rollout, State, Verb
 from federation.store import Store
-from federation.waves import RolloutError
+from federation.ticker import Ticker
+from federation.waves import RolloutError, Wave
 from federation.wrap_shelf import WrapShelf
 from protos.messages import DeviceEvent, Health, Quality
 from tests.delivery.rig import DIGEST
-from tests.delivery.test_ticker import House
+from tests.delivery.test_ticker import WAVES, House
 
 NAMES = tuple(f"d-{number}" for number in range(8))
 
@@ -197,6 +199,27 @@ def test_two_people_take_a_release_beyond_the_canary(interface: Interface) -> No
     )
 
 
+def test_a_server_can_ask_for_a_second_operator_of_everybody(interface: Interface) -> None:
+    """Else a thief of a token just leaves --two-person out, or calls the fleet a canary."""
+    house = interface.house
+    house.enrol(*(f"d-{number}" for number in range(40, 46)))
+    fleet, name = len(house.fleet.devices()), house.publish(1)
+    strict = Ticker(house.store, house.fleet, house.repository, alone_share=0.25)
+    two = Policy(two_person=True)
+    most = f"at most {fleet // 4} of {fleet} devices"
+    for ask in (strict.start, strict.create):
+        with pytest.raises(RolloutError, match=rf"{most}: add --two-person"):
+            ask(name, WAVES, Policy(), who="thief")
+        with pytest.raises(RolloutError, match=rf"{most}, and wave 99% reaches {fleet}: begin"):
+            ask(name, (Wave(percent=99), Wave(percent=100)), two, who="thief")
+    with pytest.raises(RolloutError, match=most):
+        strict.preview(name, WAVES, Policy())
+    draft = house.ticker.create(name, WAVES, Policy(), who="thief")  # before the bound was set
+    with pytest.raises(RolloutError, match=most):
+        strict.act(draft.id, Verb.START, who="thief")
+    assert strict.start(name, WAVES, two, who="ann").state is State.RUNNING
+
+
 def test_an_admin_who_started_cannot_approve_and_another_can(interface: Interface) -> None:
     house = interface.house
     house.publish(1)
@@ -215,6 +238,10 @@ def test_tags_and_filters_over_the_interface(interface: Interface) -> None:
         path = f"/v1/devices/{name}/tags"
         interface.ok(Role.OPERATOR, "POST", path, {"tags": {"site": "north", "spare": "1"}})
         interface.ok(Role.OPERATOR, "POST", path, {"tags": {"spare": None}, "why": "in use"})
+    with interface.house.fleet.connected(NAMES[0], 7):
+        path = f"/v1/devices/{NAMES[0]}/tags"
+        told = interface.ok(Role.OPERATOR, "POST", path, {"tags": {"site": "north"}})
+    assert (told["connected"], told["metadata_hours"]) == (True, 0.0), "as the list shows it"
     where = {"where": 'tag.site == "north" and revoked == false'}
     found = interface.ok(Role.VIEWER, "GET", f"/v1/devices?{httpx.QueryParams(where)}")
     assert [one["id"] for one in found["devices"]] == list(NAMES[:3])

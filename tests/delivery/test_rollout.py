@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from federation.orders import BASE, Observation, Orders, Target
 from federation.policy import OnSuccess, Policy, Retries
 from federation.rollout import ALLOWED, Rollout, State, Verb, act, decide
-from federation.waves import RolloutError, Wave, choose_salt, reach
+from federation.standing import standing
+from federation.waves import RolloutError, Wave, choose_salt, parse_plan, reach
 from protos.messages import DeviceEvent, Health, Quality, RejectReason, bucket
 
 NEW = Target("stable-2", "adapters/stable/2.airpeft", "22" * 32)
@@ -372,6 +374,46 @@ def test_verbs_are_refused_outside_their_states(state: State, verb: Verb) -> Non
             act(rollout, verb, known, 1.0)
 
 
+def test_devices_that_were_not_reached_have_no_say() -> None:
+    """A thousand may be enrolled beside a canary of one; a lie of theirs is not its failure."""
+    known = silent()
+    rollout = started(plan(quality_tolerance=0.01, liar_share=0.0), known)
+    for name in FLEET:
+        if not rollout.includes(name):
+            known[name] = replace(
+                known[name],
+                outcome=DeviceEvent.REVERTED,
+                reason=RejectReason.QUALITY_REGRESSED,
+                quality=Quality(examples=50, accuracy_before=1.0, accuracy_after=0.0),
+            )
+    assert step(rollout, known, 1.0).rollout.state is State.RUNNING
+    shown = standing(rollout, list(known.values()), {})
+    assert (shown["progress"]["failed"], shown["evidence"][0]["devices"]) == (0, 0)
+
+
+def test_a_wave_that_an_operator_let_pass_is_not_held_again() -> None:
+    """Its only device was revoked after it had answered, before resume was said."""
+    known = silent()
+    rollout = started(plan("1", "100%", on_success=OnSuccess.PAUSE), known)
+    answer(known, rollout, DeviceEvent.COMMITTED)
+    held = step(rollout, known, 1.0).rollout
+    assert (held.state, held.held) == (State.PAUSED, True)
+    left = {name: one for name, one in known.items() if not rollout.includes(name)}
+    resumed = act(held, Verb.RESUME, list(left.values()), 2.0).rollout
+    after = step(resumed, left, 2.0).rollout
+    assert (after.state, after.wave) == (State.RUNNING, 1)
+
+
+def test_whoever_is_passed_over_is_named_in_the_log() -> None:
+    known = silent()
+    rollout = started(plan("2", "100%", deadline_seconds=10.0), known)
+    first = next(name for name in FLEET if rollout.includes(name))
+    known[first] = replace(known[first], outcome=DeviceEvent.COMMITTED, running=NEW.release)
+    second = step(rollout, known, 10.0)
+    assert second.line.endswith("the wave before has settled, 1 silent")
+    assert step(second.rollout, known, 20.0).line.endswith("every wave has settled, 19 silent")
+
+
 def test_nobody_enrolled_cannot_start() -> None:
     with pytest.raises(RolloutError, match="no device is enrolled"):
         act(plan(), Verb.START, [], 0.0)
@@ -443,3 +485,26 @@ def test_the_chosen_salt_gives_exact_counts(size: int) -> None:
     for wave in waves:
         inside = sum(bucket(salt, device) < reach(wave, devices, salt) for device in devices)
         assert inside == wave.size(size)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("99.99999%", "100%"),
+        ("30.00000001%", "30.00000002%", "100%"),
+        ("1e-7%", "100%"),
+        ("1%x1.7",),
+        ("where " + "or ".join(["cpu_count<1"] * 50), "100%"),
+    ],
+)
+def test_a_plan_is_stored_as_it_was_read(words: tuple[str, ...]) -> None:
+    """One that cannot be read again would stop every rollout of the server."""
+    waves = parse_plan(words, 1000)
+    rollout = Rollout(id="r-1", release=NEW, previous=OLD, waves=waves)
+    assert Rollout.from_mapping(json.loads(json.dumps(rollout.to_mapping()))) == rollout
+
+
+@pytest.mark.parametrize("word", ["1.2.3x2", "..x2", "1x.", "x2"])
+def test_a_run_of_waves_without_a_number_is_refused(word: str) -> None:
+    with pytest.raises(RolloutError, match="neither a number"):
+        parse_plan([word], 20)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from aggregation.durable import StorageError
-from federation import migrations, tables
+from federation import migrations, reports, tables
 from federation.authority import open_authority
 from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, open_repository
@@ -208,6 +208,26 @@ def test_a_failed_canary_takes_everybody_back_and_the_rest_never_hear_of_it(hous
     whys = [line["why"] for line in house.store.audit()]
     for step in ("running -> halted", "halted -> rolling_back", "rolling_back -> rolled_back"):
         assert any(why.startswith(step) for why in whys), step
+
+
+def test_a_device_that_says_much_does_not_fill_the_disk(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "HEALTH_KEPT", 5)
+    monkeypatch.setattr(reports, "OTHERS_KEPT", 3)
+    house.enrol("d-a", "d-b")
+    rollout = roll_out(house, house.publish(1))
+    house.say("d-b", DeviceEvent.COMMITTED, release="stable-1", rollout=rollout.id)
+    for _ in range(4):
+        house.say("d-a", DeviceEvent.COMMITTED, release="stable-1", rollout=rollout.id)
+        for _ in range(4):
+            house.say("d-a", DeviceEvent.HEALTH)
+    kept = [(one["sequence"], one["event"]) for one in house.fleet.device("d-a")["reports"]]
+    health = [(number, "health") for number in (20, 19, 18, 17, 15)]
+    others = [(number, "committed") for number in (16, 11, 6)]
+    assert kept == sorted(health + others, reverse=True)
+    assert len(house.fleet.device("d-b")["reports"]) == 1
+    assert {word["device_id"] for word in house.fleet.outcomes(rollout.id)} == {"d-a", "d-b"}
 
 
 def test_back_to_the_base_where_there_was_no_release_before(house: House) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def test_a_server_cannot_confirm_what_it_was_not_sent(home: Path):
     reports = queue(home)
     reports.put(DeviceEvent.STARTED)
 
-    answers = [10**9, 0]
+    answers = [2**50, 0]
 
     def liar(batch):
         if len(answers) == 2:
@@ -97,6 +98,38 @@ def test_a_server_cannot_confirm_what_it_was_not_sent(home: Path):
     assert reports.deliver(liar) == 1
     assert reports.pending() == 1, "the second one was never sent"
     assert reports.put(DeviceEvent.HEALTH).sequence == 3
+
+
+def test_a_device_restored_from_a_copy_of_its_disk_is_heard_again(home: Path, tmp_path: Path):
+    reports, server = queue(home), Server()
+    for _ in range(3):
+        reports.put(DeviceEvent.HEALTH)
+    reports.deliver(server)
+    copy = shutil.copytree(home, tmp_path / "copy")
+    for _ in range(20):
+        reports.put(DeviceEvent.HEALTH)
+    reports.deliver(server)
+    restored = queue(copy)
+    restored.put(DeviceEvent.STARTED, release="a-1")
+    restored.put(DeviceEvent.REVERTED, release="a-1", reason=RejectReason.SELF_TEST)
+    assert restored.deliver(server) == 2
+    assert [(r.event.value, r.sequence) for r in server.seen[23:]] == [
+        ("started", 24),
+        ("reverted", 25),
+    ]
+    assert queue(copy).put(DeviceEvent.HEALTH).sequence == 26
+
+
+def test_a_server_that_always_knows_more_is_asked_twice_and_no_more(home: Path):
+    reports, asked = queue(home), []
+    reports.put(DeviceEvent.STARTED)
+
+    def ahead(batch):
+        asked.append(decode_report(batch[0].body).sequence)
+        return asked[-1] + 1000
+
+    assert reports.deliver(ahead) == 1
+    assert asked == [1, 1002]
 
 
 def test_one_report_that_the_server_never_takes_does_not_block_the_rest(home: Path):
