@@ -16,6 +16,7 @@ from tuf.api import exceptions
 from tuf.api.metadata import Metadata
 
 from protos.canonical import canonical
+from protos.threshold import verify_threshold
 
 KEPT = 8  # files
 LEAST = 8_192  # bytes; smaller files are read anew
@@ -41,7 +42,7 @@ class Loader:
                 f"Expected '{role.type}', got '{metadata.signed.type}'"
             )
         if delegator is not None:
-            delegator.verify_delegate(role_name or role.type, signed_bytes, metadata.signatures)
+            verify_threshold(delegator, role_name or role.type, signed_bytes, metadata.signatures)
         return metadata.signed, signed_bytes, metadata.signatures
 
     def _read(self, data: bytes) -> tuple[Metadata[Any], bytes]:

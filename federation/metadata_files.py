@@ -23,6 +23,7 @@ from tuf.api.serialization import DeserializationError
 from federation.published import Published, RepositoryError
 from protos.canonical import canonical
 from protos.signed import ROUNDS_ROLE, StatementError, revoked_keys
+from protos.threshold import verify_threshold
 
 MAX_METADATA = 4_000_000
 """Bytes of one metadata file; devices refuse a little more than that."""
@@ -170,6 +171,6 @@ def verify(delegator: Any, role: str, metadata: Metadata[Any], name: str) -> Non
     """
     try:
         content = canonical(metadata.signed.to_dict())
-        delegator.verify_delegate(role, content, metadata.signatures)
+        verify_threshold(delegator, role, content, metadata.signatures)
     except (TufError, ValueError) as error:
         raise RepositoryError(f"{name}: {error}") from None

@@ -32,14 +32,13 @@ from federation.metadata_files import parse_metadata
 from federation.provenance import read_provenance
 from federation.published import ReleaseRecord, RepositoryError, read_releases, read_standing
 from federation.sealing import SealingError, SealTo, check_seal, sealed_payload
-from protos.signed import Standing, StatementError
+from federation.signable import check_file, check_listing, may_leave
+from protos.signed import ADAPTERS_ROLE, Standing, StatementError
 from protos.wraps import WrapError, Wraps
 
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
 PAYLOAD, SIGNATURES, WRAPS = "payload.airpeft", "signatures", "keys.wraps"
-LIVE_RELEASES = 24
-"""Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,8 @@ def read_request(folder: Path) -> ReleaseRequest:
             f"changed: {', '.join(sorted(changed)) or 'none'}"
         )
     try:
+        check_file(ADAPTERS_ROLE, after.signed)
+        check_listing(old, records, new[0])
         if read_standing(after.signed) != read_standing(before.signed):
             raise ReleaseError(
                 f"{folder}: a release revokes no other; that is a request of its own"
@@ -236,8 +237,7 @@ def _live(
     records: Sequence[ReleaseRecord], channel: str, in_use: Collection[str]
 ) -> list[ReleaseRecord]:
     """What stays listed: everything of other channels, of this one the newest and those in use."""
-    mine = [record for record in records if record.statement.channel == channel]
-    old = {record.target for record in mine[: -(LIVE_RELEASES - 1)]} - set(in_use)
+    old = may_leave(records, channel) - set(in_use)
     return [record for record in records if record.target not in old]
 
 

@@ -32,7 +32,8 @@ from federation.release_request import (
     parse_adapters,
     read_file,
 )
-from protos.signed import Revocation, Standing, StatementError
+from federation.signable import check_file, check_floors
+from protos.signed import ADAPTERS_ROLE, Revocation, Standing, StatementError
 
 KIND = "revocation"
 
@@ -132,6 +133,8 @@ def read_revocation(folder: Path) -> RevocationRequest:
     after, records = parse_adapters(metadata, METADATA, before.signed, old)
     try:
         said, earlier = read_standing(after.signed), read_standing(before.signed)
+        check_file(ADAPTERS_ROLE, after.signed)
+        check_floors(earlier, said, old)
     except StatementError as error:
         raise ReleaseError(f"{folder}: {error}") from None
     if records != old or after.signed.version != before.signed.version + 1:

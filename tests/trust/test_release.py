@@ -121,7 +121,7 @@ def test_counters_and_floors_go_on(publisher: Publisher, folder: Path, tmp_path:
 def test_only_the_newest_releases_of_a_channel_stay_listed(
     publisher: Publisher, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("federation.release_request.LIVE_RELEASES", 3)
+    monkeypatch.setattr("federation.signable.LIVE_RELEASES", 3)
     publisher.release(1, channel="other")
     for number in range(1, 6):
         request = make(publisher, folder, tmp_path / f"r{number}")
