@@ -122,7 +122,7 @@ def _signed(state: Published, metadata: bytes, now: datetime) -> _Signed:
         role = _role(state, records, standing)
         targets = without_revoked(state.signed["root"], state.signed["targets"])
         verify(targets, role, parsed, "adapters metadata")
-        check_file(role, parsed.signed, now)
+        check_file(role, parsed.signed)
     except (RepositoryError, StatementError) as error:
         raise PublishError(f"the release is refused: {error}") from None
     before = {record.target: record for record in state.listed[role]}
