@@ -14,6 +14,7 @@ from federation.cli_support import Format, show_json, show_table
 from federation.key_change import Offline
 from federation.key_request import progress, read_change
 from federation.keys import key_holder, key_name
+from federation.plain_text import plain
 from federation.roles import lifetime
 from protos.signed import REVOKED_KEYS, ROUNDS_ROLE
 
@@ -139,9 +140,9 @@ def show_progress(output: Format, folder: Path, signatures: Sequence[Path] = ())
         show_json("key-change", data)
         return
     if data["why"]:
-        typer.echo(f"why: {data['why']}")
+        typer.echo(f"why: {plain(data['why'])}")
     for line in data["changes"]:
-        typer.echo(f"  {line}")
+        typer.echo(f"  {plain(line)}")
     typer.echo("")
     show_table(
         ["file", "keys of", "signed by", "missing", "may sign"],

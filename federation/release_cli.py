@@ -26,6 +26,7 @@ from federation.cli_support import (
     show_table,
 )
 from federation.key_change_cli import keys
+from federation.plain_text import plain
 from federation.release_app import release
 from federation.release_source import Copy, Home, TokenFile, Url, known_releases, server
 from federation.release_words import accuracy, day, epsilon, show_release
@@ -69,9 +70,10 @@ def sign(
         record = waiting.record
         typer.echo(f"{record.name}: {record.length} bytes, sha256 {record.sha256}")
         if record.statement.forced:
-            typer.echo(f"worse than its parent, and released because: {record.statement.forced}")
+            reason = plain(record.statement.forced)
+            typer.echo(f"worse than its parent, and released because: {reason}")
     else:
-        typer.echo(waiting.name)
+        show_revocation(Format.TABLE, releases.describe_revocation(waiting))
     show_table(["key", "signature"], [[row["key"], row["signature"]] for row in rows])
 
 

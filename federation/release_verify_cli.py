@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federation.cli_support import Format, FormatOption, errors, fail, show_json, show_table
+from federation.plain_text import plain
 from federation.release_app import release
 from federation.release_source import Copy, Home, TokenFile, Url, current_adapters
 from federation.release_words import day
@@ -139,7 +140,7 @@ def revoke(
     if output is Format.JSON:
         show_json("revocation", data)
         return
-    typer.echo(f"request to revoke {name} in {out}: {why}")
+    typer.echo(f"request to revoke {name} in {out}: {plain(why)}")
     for line, floor in request.floors.items():
         typer.echo(f"nothing below {line}-{floor} is installed any more")
     typer.echo(f"\nnext: airpeft release sign {out} --key KEY.pem   (two different keys)")

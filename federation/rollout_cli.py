@@ -15,6 +15,7 @@ import typer
 
 from federation import rollout_options as options
 from federation.errors import FederationError
+from federation.plain_text import plain
 from federation.policy import Policy
 from federation.rate import Rate
 from federation.rollout_nouns import ALLOWED, State, Verb
@@ -236,7 +237,7 @@ def rollout_watch(
             typer.echo(json.dumps({"schema": "airpeft.v1.rollout", "data": one}))
         elif (line := progress(one)) != said:
             said = line
-            typer.echo(f"{at(one['updated'])} {line}")
+            typer.echo(f"{at(one['updated'])} {plain(line)}")
 
     def away(why: str) -> None:
         typer.echo(f"waiting for the server: {why}", err=True)

@@ -174,6 +174,23 @@ def test_uris_that_say_nothing(vault: Path, uri: str, message: str) -> None:
         open_signer(uri, key, no_secret)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "pkcs11:token=a;id=%02?pin-value=135790",
+        "pkcs11:token=a;PIN-Value=135790",
+        "pkcs11:id=%02?module-path=/x.so&pin-source=file:135790",
+        "hsm:2?label=a&pin-value=135790",
+    ],
+)
+def test_a_pin_in_a_uri_is_refused_and_not_repeated(vault: Path, uri: str) -> None:
+    key = read_public(vault / "ed25519.pub.pem")
+    for act in (lambda: open_signer(uri, key, no_secret), lambda: import_token(uri, no_secret)):
+        with pytest.raises(SignerError, match="does not go into the URI") as refused:
+            act()
+        assert "135790" not in str(refused.value)
+
+
 def test_a_program_that_is_not_there(vault: Path) -> None:
     key = read_public(vault / "ed25519.pub.pem")
     with pytest.raises(SignerError, match="cannot run /no/such/program"):

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from federation.keys import KeyFileError, KeyFolder
+from federation.provenance import evaluation
 from federation.release_cli import keys as keys_app
 from federation.release_cli import release as release_app
 from tests.delivery.rig import ServerProcess
@@ -283,3 +284,35 @@ def test_a_passphrase_by_prompt(tmp_path: Path, second: str) -> None:
     assert key.signer("adapters-4", "correct horse" if second == "correct horse" else "x")
     with pytest.raises(KeyFileError, match="passphrase"):
         key.signer("adapters-4", "another")
+
+
+def test_words_of_others_do_nothing_to_a_terminal(
+    publisher: Publisher, folder: Path, tmp_path: Path
+) -> None:
+    """Who decides whether to sign must see the reason, and not what it makes of the screen."""
+    publisher.release(1, evaluation=evaluation("heldout", 0.99, 400))
+    copy = ("--repository", publisher.repository.folder)
+    hostile = "leaks\x1b[1A\x1b[2K\rbetter than stable-1\u202e\nstable-2: fine"
+    written = r"leaks\x1b[1A\x1b[2K\rbetter than stable-1\u202e\nstable-2: fine"
+    request = tmp_path / "r"
+    texts = [run(release_app, "make", folder, *copy, "-o", request, "--force-worse", hostile)]
+    key = publisher.keys.path / "adapters-1.pem"
+    texts.append(run(release_app, "sign", request, "--key", key))
+    texts.append(run(release_app, "show", request))
+    bad = tmp_path / "bad"
+    texts.append(
+        run(release_app, "revoke", "stable-1", "--why", hostile, "--also-older", *copy, "-o", bad)
+    )
+    signing = run(release_app, "sign", bad, "--key", key)
+    assert "floor of stable  2" in signing, "a signer is shown all that is said"
+    change = tmp_path / "change"
+    texts += [signing, run(keys_app, "renew", "--why", hostile, *copy, "-o", change)]
+    for text in texts:
+        assert written in text
+        assert not set(text) & set("\x1b\r\u202e")
+    # Nor does a passphrase's file show what is in it.
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"secret\xff\n")
+    text = run(keys_app, "init", tmp_path / "k", "--passphrase-file", binary, code=2)
+    assert "not text" in text
+    assert "secret" not in text
