@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has no __all__
 
 from aggregation import durable
-from federation import roles
+from federation import anchor, roles
 from federation.circles import ROOT, Circle, KeyChangeError, differences
 from federation.key_change import KeyChange, Offline, check_change, plan
 from federation.keys import Signer, key_name
@@ -146,16 +146,21 @@ def read_change(folder: Path) -> KeyRequest:
     return KeyRequest(folder, before, after, str(why)[:500])
 
 
-def sign_change(folder: Path, signer: Signer, *, out: Path | None = None) -> Path:
+def sign_change(
+    folder: Path, signer: Signer, *, out: Path | None = None, roots: Sequence[bytes] = ()
+) -> Path:
     """Add one key's signatures to a request; needs no network and no other key.
 
     Args:
         folder: the request.
         signer: any key that has a say in it.
         out: the signature file; by default inside the request.
+        roots: a root that the signer trusts, and any that followed it, in turn; not needed by a
+            key that has signed what the request starts from.
 
     Raises:
         KeyChangeError: the request is not what it should be, or the key has no part in it.
+        AnchorError: nothing says that it starts from what is published.
         KeyFileError: the signer did not sign.
         StorageError: the signatures can't be written.
     """
@@ -167,6 +172,7 @@ def sign_change(folder: Path, signer: Signer, *, out: Path | None = None) -> Pat
             f"{key_name(signer.public_key)} has no part in this change; these have: "
             f"{', '.join(names)}"
         )
+    anchor.check_change(request.before.files, wanted, signer.public_key, roots)
     signatures = {
         role: signer.sign(request.after.files[role].signed_bytes).to_dict() for role in wanted
     }

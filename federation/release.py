@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has n
 
 from aggregation import durable
 from federation import roles
+from federation.anchor import check_release
 from federation.description import ReleaseError, ReleaseOptions
 from federation.keys import Signer, key_name
 from federation.metadata_files import MAX_METADATA
 from federation.published import ReleaseRecord
 from federation.release_request import (
     PAYLOAD,
+    PREVIOUS,
     REQUEST,
     SCHEMA,
     SIGNATURES,
@@ -35,6 +37,7 @@ from federation.release_request import (
     describe,
     dump,
     make_request,
+    parse_adapters,
     read_file,
     read_request,
     read_wraps,
@@ -74,34 +77,46 @@ __all__ = [
 ]
 
 
-def sign(folder: Path, signer: Signer, *, out: Path | None = None) -> Path:
+def sign(
+    folder: Path, signer: Signer, *, out: Path | None = None, roots: Sequence[bytes] = ()
+) -> Path:
     """Add one signature to a request; needs no network and no other key.
 
     Args:
         folder: the request.
         signer: an adapter key.
         out: the signature file; by default inside the request.
+        roots: a root that the signer trusts, and any that followed it, in turn; not needed by a
+            key that has signed what the request starts from.
 
     Returns:
         The signature file.
 
     Raises:
         ReleaseError: the request is not what it should be, so it is not signed.
+        AnchorError: nothing says that it starts from what is published.
         StorageError: the signature can't be written.
     """
-    return sign_request(read_any(folder), signer, out=out)
+    return sign_request(read_any(folder), signer, out=out, roots=roots)
 
 
 def sign_request(
-    request: ReleaseRequest | RevocationRequest, signer: Signer, *, out: Path | None = None
+    request: ReleaseRequest | RevocationRequest,
+    signer: Signer,
+    *,
+    out: Path | None = None,
+    roots: Sequence[bytes] = (),
 ) -> Path:
     """The same, for a request that has been read, and so checked, already.
 
     Raises:
+        AnchorError: as for :func:`sign`.
         ReleaseError: it holds what cannot be signed, such as a number with a fraction.
         SignerError: the signer did not sign.
         StorageError: the signature can't be written.
     """
+    previous, _ = parse_adapters(read_file(request.folder / PREVIOUS), PREVIOUS)
+    check_release(request.folder, previous, signer.public_key, roots)
     try:
         content = canonical_exact(request.parsed.signed.to_dict())
     except ValueError as error:

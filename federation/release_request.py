@@ -4,6 +4,7 @@ request/
 request.json        what this is about, for people and for the later steps
 adapters.json       the metadata to be signed
 previous.json       the current metadata, so that a signer can see that nothing else changes
+above/              root and targets, by which that metadata can be verified
 payload.airpeft     the bytes that devices will fetch
 keys.wraps          where these are encrypted: their key, wrapped to each device that may read them
 signatures/         one file for each key: <keyid>.json
@@ -27,6 +28,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all_
 from aggregation import beside, durable, payload, peft_layout, sealed
 from aggregation.adapter import Adapter
 from federation import roles
+from federation.anchor import files_above
 from federation.description import ReleaseError, ReleaseOptions, passed, statement_for
 from federation.metadata_files import parse_metadata
 from federation.provenance import read_provenance
@@ -38,6 +40,7 @@ from protos.wraps import WrapError, Wraps
 
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
+NOTHING: Mapping[str, bytes] = {}
 PAYLOAD, SIGNATURES, WRAPS = "payload.airpeft", "signatures", "keys.wraps"
 
 
@@ -72,6 +75,7 @@ def make_request(
     now: datetime,
     in_use: Collection[str] = (),
     seal_to: SealTo | None = None,
+    above: Mapping[str, bytes] = NOTHING,
 ) -> ReleaseRequest:
     """Encode an adapter and write the request for its release.
 
@@ -86,6 +90,7 @@ def make_request(
         now: the time, with a zone.
         in_use: targets that the current round hands out: they stay listed, however old.
         seal_to: who alone shall be able to read the payload; None: everybody.
+        above: root and targets as published, for signers who bring a root of their own.
 
     Raises:
         ReleaseError: ``out`` exists, the metadata is not that of a repository, a field is wrong,
@@ -125,6 +130,7 @@ def make_request(
         PREVIOUS: adapters,
         PAYLOAD: encoded.data,
     }
+    files |= files_above(above)
     if wraps is not None:
         files[WRAPS] = wraps.to_bytes()
     record = ReleaseRecord(statement, encoded.sha256, encoded.length)

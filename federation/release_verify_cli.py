@@ -11,7 +11,7 @@ import typer
 from federation.cli_support import Format, FormatOption, errors, fail, show_json, show_table
 from federation.plain_text import plain
 from federation.release_app import release
-from federation.release_source import Copy, Home, TokenFile, Url, current_adapters
+from federation.release_source import Copy, Home, TokenFile, Url, current_adapters, offline_files
 from federation.release_words import day
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def revoke(
             why=why,
             also_older=also_older,
             now=datetime.now(UTC),
+            above=offline_files(home, url, token_file, repository)[0],
         )
     data = {"request": str(out), **describe_revocation(request)}
     if output is Format.JSON:

@@ -11,7 +11,7 @@ that serves it leaves it. With ``also_older`` the channel's floor rises above it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,10 +21,12 @@ from tuf.api.metadata import Metadata
 
 from aggregation import durable
 from federation import roles
+from federation.anchor import files_above
 from federation.description import ReleaseError
 from federation.published import ReleaseRecord, read_standing
 from federation.release_request import (
     METADATA,
+    NOTHING,
     PREVIOUS,
     REQUEST,
     SCHEMA,
@@ -70,6 +72,7 @@ def make_revocation(
     why: str,
     also_older: bool = False,
     now: datetime,
+    above: Mapping[str, bytes] = NOTHING,
 ) -> RevocationRequest:
     """Write the request for a revocation.
 
@@ -80,6 +83,7 @@ def make_revocation(
         why: for people, and for the log of each device; signed.
         also_older: no older release of the channel is installed any more either.
         now: the time, with a zone.
+        above: root and targets as published, for signers who bring a root of their own.
 
     Raises:
         ReleaseError: ``out`` exists, there is no such release, it is revoked already, or there is
@@ -113,6 +117,7 @@ def make_revocation(
     request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned), unsigned)
     summary = {"schema": SCHEMA, "kind": KIND, **describe_revocation(request)}
     files = {METADATA: request.metadata, PREVIOUS: adapters, REQUEST: dump(summary)}
+    files |= files_above(above)
     durable.write_folder(out, files)
     return request
 

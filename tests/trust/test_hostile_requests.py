@@ -16,9 +16,10 @@ from securesystemslib.signer._utils import compute_default_keyid
 from tuf.api.metadata import Metadata, Signature
 
 from federation import release, roles
+from federation.anchor import AnchorError
 from federation.circles import KeyChangeError
 from federation.key_change import KeyChange
-from federation.key_request import sign_change
+from federation.key_request import make_change, sign_change
 from federation.keys import KeyFileError, generate, read_public
 from federation.metadata_files import verify
 from federation.provenance import evaluation
@@ -111,6 +112,69 @@ def test_devices_and_servers_count_keys_and_not_their_names(
     assert "1/2 keys" in refused.detail
     with pytest.raises(RepositoryError, match="1/2 keys"):
         verify(targets.signed, "adapters", signed, "adapters.json")
+
+
+def test_a_change_that_starts_from_files_of_the_thiefs_own(
+    publisher: Publisher, people: Ceremony, tmp_path: Path
+) -> None:
+    """It says nothing but "every year", and would make the thief's key a root of its own."""
+    published = publisher.repository.offline()
+    thief, third = generate(tmp_path / "thief", ["root-3"]), publisher.keys.public("root-3").keyid
+    root, targets = (Metadata[Any].from_bytes(published[name]) for name in ("root", "targets"))
+    for name in ("root", "targets"):
+        root.signed.revoke_key(third, name)
+        root.signed.add_key(thief.public("root-3"), name)
+        root.signed.roles[name].threshold = 1
+    for metadata in (root, targets):
+        metadata.sign(thief.signer("root-3"))
+    forged = {**published, "root": roles.to_bytes(root), "targets": roles.to_bytes(targets)}
+    request = make_change(
+        tmp_path / "change",
+        published=forged,
+        change=KeyChange(renew=True),
+        why="every year",
+        now=publisher.now,
+    )
+    assert not any("root-3" in line for line in request.lines())
+    for roots in ((), [publisher.repository.root()]):
+        with pytest.raises(AnchorError, match=r"has not signed before/root|not the root 1"):
+            sign_change(request.folder, people.known["root-1"], roots=roots)
+    # Holders of adapter keys would sign a list of releases that nobody has looked at.
+    evil = Metadata[Any].from_bytes(published["adapters"])
+    target = roles.release_target(statement(1), 5, hashlib.sha256(b"evil!").hexdigest())
+    evil.signed.targets[target.path] = target
+    (request.folder / "before" / "adapters.json").write_bytes(roles.to_bytes(evil))
+    after = Metadata[Any].from_bytes((request.folder / "after" / "adapters.json").read_bytes())
+    after.signed.targets[target.path] = target
+    (request.folder / "after" / "adapters.json").write_bytes(roles.to_bytes(after))
+    with pytest.raises((AnchorError, KeyChangeError), match=r"has not signed|does not start"):
+        sign_change(request.folder, people.known["adapters-1"])
+
+
+def test_a_release_that_brings_another_along(
+    publisher: Publisher, folder: Path, tmp_path: Path
+) -> None:
+    """In the list that it starts from lies one that was never published: both would be signed."""
+    data = b"evil!"
+    entry = roles.release_target(statement(1), len(data), hashlib.sha256(data).hexdigest())
+    honest = publisher.repository.adapters()
+    forged = Metadata[Any].from_bytes(honest)
+    forged.signed.targets[entry.path] = entry
+    request = release.make_request(
+        folder,
+        tmp_path / "r",
+        adapters=roles.to_bytes(forged),
+        above=publisher.repository.offline(),
+        options=release.ReleaseOptions(channel="stable"),
+        now=publisher.now,
+    )
+    assert request.name == "stable-2"
+    for roots, message in (
+        ([], "has not signed previous.json"),
+        ([publisher.repository.root()], "signed by none of its roles"),
+    ):
+        with pytest.raises(AnchorError, match=message):
+            release.sign(request.folder, publisher.adapter_keys[0], roots=roots)
 
 
 def _far(signed: dict[str, Any]) -> None:
@@ -231,16 +295,26 @@ def test_the_gate_is_asked_by_what_is_published(
     def without_parent(signed: dict[str, Any]) -> None:
         signed["targets"].pop("adapters/stable/1.airpeft", None)
 
+    signed: list[Metadata[Any]] = []
     originals = {p.name: p.read_bytes() for p in request.folder.glob("*.json")}
     for lie, message in ((claim_less, "cannot be changed"), (without_parent, "take stable-1 out")):
         for name in ("adapters.json", "previous.json"):
             (request.folder / name).write_bytes(originals[name])
             edit(request.folder / name, lie)
-        edit(request.folder / "adapters.json", lambda signed: claim_less(signed))
-        for key in publisher.adapter_keys[:2]:
-            release.sign(request.folder, key)  # by what is in the request, all is well
+        with pytest.raises(AnchorError, match=r"has not signed previous\.json"):
+            release.sign(request.folder, publisher.adapter_keys[0])
+        edit(request.folder / "adapters.json", claim_less)
+        for key in publisher.adapter_keys[:2]:  # those who sign whatever they are given
+            parsed = release.read_request(request.folder).parsed
+            signature = key.sign(parsed.signed_bytes)
+            parsed.signatures[signature.keyid] = signature
+            signed.append(parsed)
+        signed[-1].signatures |= signed[-2].signatures
+        data = (request.folder / "payload.airpeft").read_bytes()
         with pytest.raises(PublishError, match=message):
-            release.publish(request.folder, publisher.repository, now=publisher.now)
+            publisher.repository.publish_release(
+                roles.to_bytes(signed[-1]), data, now=publisher.now
+            )
 
 
 def test_a_worse_release_is_not_published_without_a_signed_reason(publisher: Publisher) -> None:

@@ -108,7 +108,7 @@ def test_a_release_whose_second_signature_comes_from_a_vault(
     people.carry_out(change, ["root-1", "root-3", "adapters-2", "adapters-4"])
     request = make(publisher, folder, tmp_path / "r1")
     release.sign(request.folder, load_signer(noted.private("adapters-4")))
-    release.sign(request.folder, publisher.adapter_keys[2])
+    release.sign(request.folder, publisher.adapter_keys[2], roots=[publisher.repository.root()])
     publisher.order(release.publish(request.folder, publisher.repository, now=START))
     assert device.installs().name == "stable-1"
 
