@@ -15,6 +15,7 @@ from typing import Any
 
 from tuf.api.metadata import Metadata
 
+from federation.bounded import read_bounded
 from federation.errors import FederationError
 from federation.keys import Key, key_name
 from federation.metadata_files import MAX_METADATA, parse_metadata, verify, without_revoked
@@ -143,8 +144,7 @@ def _ask(why: str, key: Key) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as stream:
-            return stream.read(MAX_METADATA + 1)
+        return read_bounded(path, MAX_METADATA)
     except OSError as error:
         raise RepositoryError(
             f"cannot read {path}: {error.strerror}; make the request again"

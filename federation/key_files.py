@@ -16,9 +16,11 @@ from securesystemslib.signer import (  # type: ignore[attr-defined]  # it has no
     SSlibKey,
 )
 
+from federation.bounded import read_bounded
 from federation.errors import FederationError
 from federation.signers import open_signer
 
+MAX_PUBLIC = 64 << 10  # bytes
 NAME_FIELD = "x-airpeft-name"
 HOLDER_FIELD = "x-airpeft-holder"
 SCHEMES = ("ed25519", "ecdsa-p256")
@@ -85,7 +87,7 @@ def read_public(path: Path) -> SSlibKey:
         KeyFileError: no such file, or not a public key of a scheme that we use.
     """
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_PUBLIC)
         if data.lstrip().startswith(b"-----BEGIN"):
             return _from_pem(data, path)
         doc = json.loads(data)

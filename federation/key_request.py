@@ -24,6 +24,7 @@ from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has n
 
 from aggregation import durable
 from federation import anchor, roles
+from federation.bounded import read_bounded
 from federation.circles import ROOT, Circle, KeyChangeError, differences
 from federation.key_change import KeyChange, Offline, check_change, plan
 from federation.keys import Signer, key_name
@@ -141,7 +142,7 @@ def read_change(folder: Path) -> KeyRequest:
     _check_believed(before)
     try:
         why = json.loads(_read(folder / REQUEST)).get("why", "")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise KeyChangeError(f"{folder / REQUEST} is not a request: {error}") from None
     return KeyRequest(folder, before, after, str(why)[:500])
 
@@ -266,8 +267,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as stream:
-            return stream.read(MAX_FILE)
+        return read_bounded(path, MAX_FILE)
     except OSError as error:
         raise KeyChangeError(f"cannot read {path}: {error.strerror}") from error
 

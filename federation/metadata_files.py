@@ -20,6 +20,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all_
 )
 from tuf.api.serialization import DeserializationError
 
+from federation.bounded import read_bounded
 from federation.published import Published, RepositoryError
 from protos.canonical import canonical
 from protos.signed import ROUNDS_ROLE, StatementError, revoked_keys
@@ -144,7 +145,7 @@ def _matches(meta: MetaFile, data: bytes, metadata: Metadata[Any], name: str) ->
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path, MAX_METADATA)
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from error
 

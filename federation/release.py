@@ -25,9 +25,9 @@ from federation import roles
 from federation.anchor import check_release
 from federation.description import ReleaseError, ReleaseOptions
 from federation.keys import Signer, key_name
-from federation.metadata_files import MAX_METADATA
 from federation.published import ReleaseRecord
 from federation.release_request import (
+    MAX_PAYLOAD,
     PAYLOAD,
     PREVIOUS,
     REQUEST,
@@ -146,7 +146,7 @@ def assemble(folder: Path, signatures: Iterable[Path] = ()) -> tuple[bytes, byte
         ReleaseError: a signature file is for another request, or not one.
     """
     request = read_request(folder)
-    return _signed(request, signatures), read_file(request.folder / PAYLOAD)
+    return _signed(request, signatures), read_file(request.folder / PAYLOAD, MAX_PAYLOAD)
 
 
 def assemble_revocation(folder: Path, signatures: Iterable[Path] = ()) -> bytes:
@@ -195,7 +195,7 @@ def publish(
         PublishError: the repository refuses, for example for lack of signatures.
     """
     request = read_request(folder)
-    metadata, data = _signed(request, signatures), read_file(request.folder / PAYLOAD)
+    metadata, data = _signed(request, signatures), read_file(request.folder / PAYLOAD, MAX_PAYLOAD)
     record = repository.publish_release(metadata, data, now=now)
     if record.statement.seal is not None:
         wraps = Wraps.from_bytes(read_wraps(request), record.sha256)
@@ -215,7 +215,7 @@ def _signed(request: ReleaseRequest | RevocationRequest, signatures: Iterable[Pa
 
 def _read_signature(path: Path, expected: str) -> tuple[str, Any]:
     try:
-        doc = json.loads(read_file(path)[:MAX_METADATA])
+        doc = json.loads(read_file(path))
         if doc["signs_sha256"] != expected:
             raise ReleaseError(f"{path} signs another request: sign this one again")
         signature = Signature.from_dict(dict(doc["signature"]))

@@ -29,17 +29,19 @@ from aggregation import beside, durable, payload, peft_layout, sealed
 from aggregation.adapter import Adapter
 from federation import roles
 from federation.anchor import files_above
+from federation.bounded import read_bounded
 from federation.description import ReleaseError, ReleaseOptions, passed, statement_for
-from federation.metadata_files import parse_metadata
+from federation.metadata_files import MAX_METADATA, parse_metadata
 from federation.provenance import read_provenance
 from federation.published import ReleaseRecord, RepositoryError, read_releases, read_standing
 from federation.sealing import SealingError, SealTo, check_seal, sealed_payload
 from federation.signable import check_file, check_listing, may_leave
 from protos.signed import ADAPTERS_ROLE, Standing, StatementError
-from protos.wraps import WrapError, Wraps
+from protos.wraps import MAX_BYTES, WrapError, Wraps
 
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
+MAX_PAYLOAD = 512 << 20  # bytes
 NOTHING: Mapping[str, bytes] = {}
 PAYLOAD, SIGNATURES, WRAPS = "payload.airpeft", "signatures", "keys.wraps"
 
@@ -201,7 +203,7 @@ def read_request(folder: Path) -> ReleaseRequest:
         passed(new[0].statement, old, read_standing(before.signed), new[0].statement.forced)
     except StatementError as error:
         raise ReleaseError(f"{folder}: {error}") from None
-    data = read_file(folder / PAYLOAD)
+    data = read_file(folder / PAYLOAD, MAX_PAYLOAD)
     if hashlib.sha256(data).hexdigest() != new[0].sha256 or len(data) != new[0].length:
         raise ReleaseError(f"{folder / PAYLOAD} is not the payload that {METADATA} names")
     try:
@@ -219,7 +221,7 @@ def read_wraps(request: ReleaseRequest) -> bytes:
     """
     if request.record.statement.seal is None:
         return b""
-    data = read_file(request.folder / WRAPS)
+    data = read_file(request.folder / WRAPS, MAX_BYTES)
     try:
         Wraps.from_bytes(data, request.record.sha256)
     except WrapError as error:
@@ -273,14 +275,14 @@ def parse_adapters(
         raise ReleaseError(f"not the adapters metadata of a repository: {error}") from None
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, most: int = MAX_METADATA) -> bytes:
     """A file of a request.
 
     Raises:
-        ReleaseError: it can't be read.
+        ReleaseError: it can't be read, or has more than ``most`` bytes.
     """
     try:
-        return path.read_bytes()
+        return read_bounded(path, most)
     except OSError as error:
         raise ReleaseError(
             f"cannot read {path}: {error.strerror}; a request is made with: airpeft release make"

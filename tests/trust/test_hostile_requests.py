@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from federation.metadata_files import verify
 from federation.provenance import evaluation
 from federation.published import PublishError, RepositoryError
 from federation.release import ReleaseError, make_revocation
+from federation.release_words import day
+from federation.verification import verify_repository
 from protos.messages import RejectReason
 from tests.trust.ceremony import Ceremony
 from tests.trust.fleet_of_one import Device, Publisher, payload_of, statement
@@ -347,3 +350,49 @@ def test_a_revocation_with_a_floor_above_everything(publisher: Publisher, tmp_pa
         with pytest.raises(PublishError, match="above every release"):
             publisher.repository.publish_standing(roles.to_bytes(signed), now=publisher.now)
     assert hashlib.sha256(payload_of(1)).hexdigest() == record.sha256
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["adapters.json", "previous.json", "payload.airpeft"])
+def test_a_pipe_or_a_giant_in_a_request_holds_nobody(
+    publisher: Publisher, folder: Path, tmp_path: Path, name: str
+) -> None:
+    request = make(publisher, folder, tmp_path / "r")
+    path = request.folder / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ReleaseError, match="not an ordinary file"):
+        release.sign(request.folder, publisher.adapter_keys[0])
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ReleaseError, match="more than"):
+        release.sign(request.folder, publisher.adapter_keys[0])
+
+
+def test_nests_and_absurd_dates_are_said_and_end_nothing(
+    publisher: Publisher, people: Ceremony, tmp_path: Path
+) -> None:
+    request = people.request(KeyChange(renew=True))
+    (request / "request.json").write_text("[" * 200_000)
+    with pytest.raises(KeyChangeError, match="not a request"):
+        sign_change(request, people.known["root-1"])
+    nest = tmp_path / "nest.pub.json"
+    for text in ("[" * 60_000, "[" * 200_000):
+        nest.write_text(text)
+        with pytest.raises(KeyFileError, match=r"not a public key|more than"):
+            read_public(nest)
+    publisher.release(1, made_unix=2**53 - 1)
+    where = publisher.repository.folder
+    path = where / "metadata" / "timestamp.json"
+    stolen = Metadata[Any].from_file(str(path))
+    stolen.signed.unrecognized_fields["x-airpeft-signed-unix"] = 10**18
+    stolen.sign(publisher.online)
+    path.write_bytes(roles.to_bytes(stolen))
+    report = verify_repository(where, publisher.repository.root(), now=publisher.now)
+    assert [r.made for r in report.roles if r.role == "timestamp"] == [None]
+    (known,) = report.releases
+    assert day(known.record.statement.made_unix).endswith("seconds after 1970")
+    assert (known.payload, report.sound) == ("good", True)
