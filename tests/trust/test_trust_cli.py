@@ -329,3 +329,12 @@ def test_words_of_others_do_nothing_to_a_terminal(
     text = run(keys_app, "init", tmp_path / "k", "--passphrase-file", binary, code=2)
     assert "not text" in text
     assert "secret" not in text
+
+
+def test_a_token_is_not_sent_where_anybody_could_read_it(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret-token\n")
+    for url in ("http://fleet.example.org:8443", "fleet.example.org", "http://127.0.0.1@evil.org"):
+        said = run(release_app, "list", "--url", url, "--token-file", token, code=1)
+        assert "for anybody to read" in said
+        assert "secret-token" not in said
