@@ -148,12 +148,16 @@ def read_change(folder: Path) -> KeyRequest:
 
 
 def sign_change(
-    folder: Path, signer: Signer, *, out: Path | None = None, roots: Sequence[bytes] = ()
+    change: Path | KeyRequest,
+    signer: Signer,
+    *,
+    out: Path | None = None,
+    roots: Sequence[bytes] = (),
 ) -> Path:
     """Add one key's signatures to a request; needs no network and no other key.
 
     Args:
-        folder: the request.
+        change: the request, or its folder; what was shown to a person is not read again.
         signer: any key that has a say in it.
         out: the signature file; by default inside the request.
         roots: a root that the signer trusts, and any that followed it, in turn; not needed by a
@@ -165,7 +169,7 @@ def sign_change(
         KeyFileError: the signer did not sign.
         StorageError: the signatures can't be written.
     """
-    request, keyid = read_change(folder), signer.public_key.keyid
+    request, keyid = _as_read(change), signer.public_key.keyid
     wanted = {need.role for need in request.needs() if keyid in need.circle.keys}
     if not wanted:
         names = sorted({name for need in request.needs() for name in need.circle.names})
@@ -184,7 +188,7 @@ def sign_change(
         "signs_sha256": request.digest,
         "signatures": signatures,
     }
-    path = out or folder / SIGNATURES / f"{keyid}.json"
+    path = out or request.folder / SIGNATURES / f"{keyid}.json"
     durable.write_bytes(path, _dump(doc))
     return path
 
@@ -204,13 +208,13 @@ def assemble_change(folder: Path, signatures: Iterable[Path] = ()) -> dict[str, 
     return {role: roles.to_bytes(metadata) for role, metadata in request.after.files.items()}
 
 
-def progress(folder: Path, signatures: Iterable[Path] = ()) -> list[Need]:
+def progress(change: Path | KeyRequest, signatures: Iterable[Path] = ()) -> list[Need]:
     """Who has signed what, counted as devices will count.
 
     Raises:
         KeyChangeError: as for :func:`assemble_change`.
     """
-    request = read_change(folder)
+    request = _as_read(change)
     _collect(request, signatures)
     whole = request.after.over(request.before)
     found = []
@@ -225,6 +229,10 @@ def progress(folder: Path, signatures: Iterable[Path] = ()) -> list[Need]:
         names = sorted(key_name(key) for key in result.signed.values())
         found.append(Need(need.role, need.circle, need.old, tuple(names)))
     return found
+
+
+def _as_read(change: Path | KeyRequest) -> KeyRequest:
+    return change if isinstance(change, KeyRequest) else read_change(change)
 
 
 def _collect(request: KeyRequest, signatures: Iterable[Path]) -> None:

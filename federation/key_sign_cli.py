@@ -49,22 +49,23 @@ def sign(
     A key that has not signed what is published itself, a new one for instance, needs a root that
     you trust.
     """
-    from federation.key_request import sign_change
+    from federation.key_request import read_change, sign_change
     from federation.key_words import show_progress
     from federation.keys import key_name
 
     if out is not None and len(key) > 1:
         fail("--out takes one key's signatures: give one --key", 2)
     with errors():
+        waiting = read_change(request)  # once: what is signed is what was shown
         if output is Format.TABLE or dry_run:
-            show_progress(output, request)
+            show_progress(output, waiting)
         if dry_run:
             return
         confirm("Sign this change?", yes)
         rows = []
         trusted = [path.read_bytes() for path in root or ()]
         for signer in signers(key, public, passphrase_file):
-            path = sign_change(request, signer, out=out, roots=trusted)
+            path = sign_change(waiting, signer, out=out, roots=trusted)
             rows.append({"key": key_name(signer.public_key), "signature": str(path)})
     if output is Format.JSON:
         show_json("signatures", {"request": str(request), "signatures": rows})

@@ -29,7 +29,6 @@ from federation.published import ReleaseRecord
 from federation.release_request import (
     MAX_PAYLOAD,
     PAYLOAD,
-    PREVIOUS,
     REQUEST,
     SCHEMA,
     SIGNATURES,
@@ -37,7 +36,6 @@ from federation.release_request import (
     describe,
     dump,
     make_request,
-    parse_adapters,
     read_file,
     read_request,
     read_wraps,
@@ -115,8 +113,7 @@ def sign_request(
         SignerError: the signer did not sign.
         StorageError: the signature can't be written.
     """
-    previous, _ = parse_adapters(read_file(request.folder / PREVIOUS), PREVIOUS)
-    check_release(request.folder, previous, signer.public_key, roots)
+    check_release(request.folder, request.previous, signer.public_key, roots)
     try:
         content = canonical_exact(request.parsed.signed.to_dict())
     except ValueError as error:

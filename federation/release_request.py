@@ -55,12 +55,14 @@ class ReleaseRequest:
         record: the new release.
         metadata: the bytes of the unsigned ``adapters`` file.
         parsed: the same, read.
+        previous: the file that it follows.
     """
 
     folder: Path
     record: ReleaseRecord
     metadata: bytes
     parsed: Metadata[Any] = field(repr=False, compare=False)
+    previous: Metadata[Any] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -138,7 +140,7 @@ def make_request(
     record = ReleaseRecord(statement, encoded.sha256, encoded.length)
     files[REQUEST] = dump(_summary(record, unsigned.signed.version))
     durable.write_folder(out, files)
-    return ReleaseRequest(out, record, files[METADATA], unsigned)
+    return ReleaseRequest(out, record, files[METADATA], unsigned, current)
 
 
 def _check_not_revoked(
@@ -210,7 +212,7 @@ def read_request(folder: Path) -> ReleaseRequest:
         check_seal(new[0].statement, data)
     except SealingError as error:
         raise ReleaseError(f"{folder / PAYLOAD}: {error}") from None
-    return ReleaseRequest(folder, new[0], metadata, after)
+    return ReleaseRequest(folder, new[0], metadata, after, before)
 
 
 def read_wraps(request: ReleaseRequest) -> bytes:

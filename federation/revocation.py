@@ -50,6 +50,7 @@ class RevocationRequest:
         floors: the floors that rise, by channel.
         metadata: the bytes of the unsigned ``adapters`` file.
         parsed: the same, read.
+        previous: the file that it follows, read at the same time.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class RevocationRequest:
     floors: dict[str, int]
     metadata: bytes
     parsed: Metadata[Any] = field(repr=False, compare=False)
+    previous: Metadata[Any] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -114,7 +116,7 @@ def make_revocation(
     listed = current.signed.targets.values()
     unsigned = roles.adapters(listed, current.signed.version + 1, now, after)
     risen = {c: n for c, n in floors.items() if n != before.floors.get(c, 0)}
-    request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned), unsigned)
+    request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned), unsigned, current)
     summary = {"schema": SCHEMA, "kind": KIND, **describe_revocation(request)}
     files = {METADATA: request.metadata, PREVIOUS: adapters, REQUEST: dump(summary)}
     files |= files_above(above)
@@ -151,7 +153,7 @@ def read_revocation(folder: Path) -> RevocationRequest:
             f"{folder}: it must say something more than before, and take nothing back"
         )
     risen = {c: n for c, n in said.floors.items() if n != earlier.floors.get(c, 0)}
-    return RevocationRequest(folder, new, risen, metadata, after)
+    return RevocationRequest(folder, new, risen, metadata, after, before)
 
 
 def describe_revocation(request: RevocationRequest) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from federation import release, roles
 from federation.anchor import AnchorError
 from federation.circles import KeyChangeError
 from federation.key_change import KeyChange
-from federation.key_request import make_change, sign_change
+from federation.key_request import make_change, read_change, sign_change
 from federation.keys import KeyFileError, generate, read_public
 from federation.metadata_files import verify
 from federation.provenance import evaluation
@@ -396,3 +397,28 @@ def test_nests_and_absurd_dates_are_said_and_end_nothing(
     (known,) = report.releases
     assert day(known.record.statement.made_unix).endswith("seconds after 1970")
     assert (known.payload, report.sound) == ("good", True)
+
+
+def test_what_is_signed_is_what_was_read_and_shown(
+    publisher: Publisher, people: Ceremony, folder: Path, tmp_path: Path
+) -> None:
+    """On a stick or a share, somebody may exchange a request while a person looks at it."""
+    shown, other = (people.request(KeyChange(renew=True, thresholds=t)) for t in ({}, {"root": 3}))
+    waiting = read_change(shown)
+    shutil.rmtree(shown)
+    other.rename(shown)
+    signature = sign_change(waiting, people.known["root-1"], out=tmp_path / "s.json")
+    assert json.loads(signature.read_bytes())["signs_sha256"] == waiting.digest
+    assert read_change(shown).digest != waiting.digest
+    # A list that was never published is not exchanged for the published one after it was compared.
+    request = make(publisher, folder, tmp_path / "r")
+    honest = (request.folder / "previous.json").read_bytes()
+    edit(request.folder / "previous.json", lambda signed: signed.update(expires=_SOON))
+    read = release.read_request(request.folder)
+    (request.folder / "previous.json").write_bytes(honest)
+    with pytest.raises(AnchorError, match="has not signed"):
+        release.sign_request(read, publisher.adapter_keys[0])
+    assert release.sign(request.folder, publisher.adapter_keys[0]).is_file()
+
+
+_SOON = "2026-06-01T00:00:00Z"
