@@ -182,13 +182,24 @@ def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        if not mode & 0o077:
-            os.fchmod(descriptor, mode)  # a partial left by a kill may have had other permissions
+    with os.fdopen(_made_anew(path, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _made_anew(path: Path, mode: int) -> int:
+    """A new file, open for writing; what lies there under its name is never written to.
+
+    That may be what a kill has left, with other permissions, or a link that somebody has put on a
+    stick, or into a folder that was brought here, to have another file overwritten.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, mode)
+    except FileExistsError:
+        path.unlink()
+        return os.open(path, flags, mode)
 
 
 def _quietly(action: Callable[[], object]) -> None:

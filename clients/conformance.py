@@ -22,9 +22,11 @@ and ends with 0 if all of it succeeded, else with 1. What verifies is what devic
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
+import socket
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +38,7 @@ from tuf.api.exceptions import LengthOrHashMismatchError
 from aggregation import durable
 from aggregation.errors import AggregationError
 from clients.errors import ClientError
+from clients.link import Watchdog
 from clients.trust_metadata import Verification, check_root
 from clients.trust_state import TrustState
 
@@ -92,27 +95,45 @@ def get(url: str, limit: int) -> bytes | None:
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=SILENCE)
-    end = time.monotonic() + DEADLINE
+    late, link = threading.Event(), list[socket.socket]()
+
+    def cut() -> None:
+        late.set()
+        for one in link:
+            with contextlib.suppress(OSError):  # past TLS, which would wait for an answer
+                socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+    target = parts.path + (f"?{parts.query}" if parts.query else "")
     try:
-        # The path goes out as it is: a quoted slash in a role's name must stay one name.
-        connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else ""))
-        answer = connection.getresponse()
-        if answer.status in (403, 404):
-            return None
-        if answer.status != 200:
-            raise DownloadError(f"{url}: HTTP {answer.status}")
-        found = bytearray()
-        while chunk := answer.read(min(CHUNK, limit + 1 - len(found))):
-            found += chunk
-            if len(found) > limit:
-                raise DownloadError(f"{url} has more than the {limit} bytes that it may have")
-            if time.monotonic() > end:
-                raise DownloadError(f"{url}: not here after {DEADLINE:g} seconds")
-        return bytes(found)
-    except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(f"{url}: {error or type(error).__name__}") from error
+        # A byte now and then, also among the headers, is no silence: so the whole has a deadline.
+        with Watchdog(DEADLINE, cut):
+            connection.connect()
+            link.append(connection.sock)  # which it forgets when the answer is the last one
+            found = _read(connection, target, limit)
+    except (OSError, ValueError, http.client.HTTPException, DownloadError) as error:
+        if not late.is_set():
+            raise DownloadError(f"{url}: {error or type(error).__name__}") from error
     finally:
         connection.close()
+    if late.is_set():  # and what seems to be the end was ours
+        raise DownloadError(f"{url}: not here after {DEADLINE:g} seconds")
+    return found
+
+
+def _read(connection: http.client.HTTPConnection, path: str, limit: int) -> bytes | None:
+    # The path goes out as it is: a quoted slash in a role's name must stay one name.
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    if answer.status in (403, 404):
+        return None
+    if answer.status != 200:
+        raise DownloadError(f"HTTP {answer.status}")
+    found = bytearray()
+    while chunk := answer.read(min(CHUNK, limit + 1 - len(found))):
+        found += chunk
+        if len(found) > limit:
+            raise DownloadError(f"more than the {limit} bytes that it may have")
+    return bytes(found)
 
 
 class Client:

@@ -23,7 +23,7 @@ from protos.recipients import private_key
 from protos.wraps import MAX_BYTES, WrapError, Wraps, unwrap, wraps_path
 
 if TYPE_CHECKING:
-    from clients.sources import Mirror
+    from clients.mirrors import Mirror
 
     Place = tuple[str, Mirror | Connection]
 else:

@@ -15,99 +15,37 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
-import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from clients.connection import Connection, ConnectionLost, Denied
 from clients.download import Count, Download, Way
 from clients.errors import ClientError
+from clients.mirrors import FolderMirror, Mirror
 from clients.trust_source import (
     MAX_FILE_BYTES,
     MAX_FILES,
     MAX_ROOT_BYTES,
     MAX_TIMESTAMP_BYTES,
 )
+from protos.channel import MESSAGE_MAX
 from protos.messages import MetadataBundle
 
 log = logging.getLogger("airpeft.clients.sources")
 
 FLEET = "fleet"
 MIRROR_SECONDS = 300.0
-BLOCK = 64 * 1024  # bytes read from a folder at once
+BUNDLE_SECONDS = 600.0  # for all metadata of one mirror
 NEW_ROOTS = 64  # of one visit; what they teach is kept, and the next visit goes on
 _ROLE = re.compile(r"[a-z][a-z0-9_-]{0,63}\.json\Z", re.ASCII)
-_FILE = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,254}/){0,8}[A-Za-z0-9][A-Za-z0-9._-]{0,254}\Z")
 
 
 class SourceError(ClientError):
     """A source that is none; says what may stand there."""
-
-
-class Mirror(Protocol):
-    """A static copy of the repository. Both verbs raise ``ConnectionLost`` or ``Denied``."""
-
-    @property
-    def name(self) -> str:
-        """As it stands in the settings."""
-
-    def read(self, path: str, limit: int) -> bytes:
-        """A whole file, of at most ``limit`` bytes."""
-
-    def fetch(self, path: str, offset: int) -> Iterator[bytes]:
-        """A file's bytes from an offset to its end."""
-
-
-class FolderMirror:
-    """A folder with a copy of the repository, on a stick for instance; it may come and go.
-
-    Args:
-        folder: absolute.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @property
-    def name(self) -> str:
-        """The folder."""
-        return str(self._folder)
-
-    def read(self, path: str, limit: int) -> bytes:
-        """A whole file.
-
-        Raises:
-            Denied: it is not there.
-            ConnectionLost: it cannot be read, or is longer than ``limit``.
-        """
-        return whole(self.fetch(path, 0), limit, f"{self._folder}/{path}")
-
-    def fetch(self, path: str, offset: int) -> Iterator[bytes]:
-        """A file's bytes from an offset to its end.
-
-        Raises:
-            Denied: it is not there, or no ordinary file.
-            ConnectionLost: it cannot be read (any more).
-        """
-        file = self._folder / checked(path)
-        try:
-            # Not blocking: a pipe under that name must not hold the device for ever.
-            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb", buffering=0) as stream:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise Denied("not-found", f"{file} is not an ordinary file")
-                stream.seek(offset)
-                while data := stream.read(BLOCK):
-                    yield data
-        except FileNotFoundError:
-            raise Denied("not-found", f"{file} is not there") from None
-        except OSError as error:
-            raise ConnectionLost(f"{file}: {error.strerror or error}") from error
 
 
 class Sources:
@@ -236,58 +174,50 @@ def open_sources(
     return Sources(order, mirrors, seconds=seconds, count=count)
 
 
-def read_bundle(mirror: Mirror, after_root: int) -> MetadataBundle:
+def read_bundle(
+    mirror: Mirror,
+    after_root: int,
+    *,
+    seconds: float = BUNDLE_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> MetadataBundle:
     """The metadata of a mirror, found as it leads from file to file; nothing of it is believed.
 
     Args:
         mirror: any.
         after_root: roots up to this version are not needed.
+        seconds: that all of it may take.
+        clock: monotonic seconds.
 
     Raises:
-        ConnectionLost: it cannot be read, or makes no sense.
+        ConnectionLost: it cannot be read, is too much or too slow, or makes no sense.
         Denied: a file is missing.
     """
     files: dict[str, bytes] = {}
+    end = clock() + seconds
+
+    def read(name: str, limit: int) -> bytes:
+        # What a device takes from its fleet at once it takes from others, and not more.
+        left = MESSAGE_MAX - sum(map(len, files.values()))
+        if clock() > end:
+            raise ConnectionLost(f"its metadata was not here after {seconds:g} seconds")
+        return mirror.read(f"metadata/{name}", min(limit, left))
+
     for number in range(after_root + 1, after_root + 1 + NEW_ROOTS):
         name = f"{number}.root.json"
         try:
-            files[name] = mirror.read(f"metadata/{name}", MAX_ROOT_BYTES)
+            files[name] = read(name, MAX_ROOT_BYTES)
         except Denied:
             break  # that one was the last
-    timestamp = mirror.read("metadata/timestamp.json", MAX_TIMESTAMP_BYTES)
+    timestamp = read("timestamp.json", MAX_TIMESTAMP_BYTES)
     files["timestamp.json"] = timestamp
     listed = _versions(timestamp, "timestamp.json")
     name = f"{listed.get('snapshot.json', 0)}.snapshot.json"
-    files[name] = mirror.read(f"metadata/{name}", MAX_FILE_BYTES)
+    files[name] = read(name, MAX_FILE_BYTES)
     for role, version in _versions(files[name], name).items():
         file = f"{version}.{role}"
-        files[file] = mirror.read(f"metadata/{file}", MAX_FILE_BYTES)
+        files[file] = read(file, MAX_FILE_BYTES)
     return MetadataBundle(files)
-
-
-def whole(parts: Iterator[bytes], limit: int, what: str) -> bytes:
-    """All parts as one, if they are not more than ``limit`` bytes.
-
-    Raises:
-        ConnectionLost: they are.
-    """
-    data = bytearray()
-    for part in parts:
-        data += part
-        if len(data) > limit:
-            raise ConnectionLost(f"{what}: longer than {limit} bytes")
-    return bytes(data)
-
-
-def checked(path: str) -> str:
-    """A path of the repository: below it, without any trick.
-
-    Raises:
-        Denied: it is none.
-    """
-    if not _FILE.match(path) or ".." in path:
-        raise Denied("not-found", f"{path[:80]!r} is not a path of a repository")
-    return path
 
 
 def _versions(data: bytes, what: str) -> dict[str, int]:

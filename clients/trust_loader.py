@@ -16,6 +16,7 @@ from tuf.api import exceptions
 from tuf.api.metadata import Metadata
 
 from protos.canonical import canonical
+from protos.threshold import verify_threshold
 
 KEPT = 8  # files
 LEAST = 8_192  # bytes; smaller files are read anew
@@ -41,7 +42,8 @@ class Loader:
                 f"Expected '{role.type}', got '{metadata.signed.type}'"
             )
         if delegator is not None:
-            delegator.verify_delegate(role_name or role.type, signed_bytes, metadata.signatures)
+            verify_threshold(delegator, role_name or role.type, signed_bytes, metadata.signatures)
+            self._remember(data, metadata, signed_bytes)
         return metadata.signed, signed_bytes, metadata.signatures
 
     def _read(self, data: bytes) -> tuple[Metadata[Any], bytes]:
@@ -50,10 +52,12 @@ class Loader:
             self._known.move_to_end(data)
             return known
         metadata = Metadata[Any].from_bytes(data)
-        found = metadata, canonical(metadata.signed.to_dict())
+        return metadata, canonical(metadata.signed.to_dict())
+
+    def _remember(self, data: bytes, metadata: Metadata[Any], signed_bytes: bytes) -> None:
+        """Keep what has been verified; anybody could fill the memory with anything else."""
         # What delegates to others is never shared: a device takes revoked keys out of it.
         if len(data) >= LEAST and getattr(metadata.signed, "delegations", None) is None:
-            self._known[data] = found
+            self._known[data] = metadata, signed_bytes
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuf.api.metadata import Metadata
 
+from federation.gate import parent_of, worse
 from federation.metadata_files import parse_metadata, verify, without_revoked
 from federation.published import (
     Published,
@@ -21,6 +22,7 @@ from federation.published import (
 )
 from federation.roles import in_seconds
 from federation.sealing import SealingError, check_seal
+from federation.signable import check_file, check_floors, check_listing
 from protos.signed import Revocation, Standing, StatementError, split_target
 
 
@@ -73,6 +75,7 @@ def check_adapters(state: Published, metadata: bytes, payload: bytes, now: datet
     if signed.standing != state.standing[signed.role]:
         raise PublishError("a release is published without revoking others: do one after the other")
     record = _the_new_one(state, signed)
+    _check_gate(state, signed, record)
     if record.sha256 != digest or record.length != len(payload):
         raise PublishError(
             f"the payload has {len(payload)} bytes with sha256 {digest[:12]}…, but {record.name} "
@@ -100,6 +103,10 @@ def check_standing(state: Published, metadata: bytes, now: datetime) -> Incoming
             raise PublishError("the file revokes nothing and raises no floor")
     known = {one.sha256 for one in before.revoked}
     new = tuple(one for one in signed.standing.revoked if one.sha256 not in known)
+    try:
+        check_floors(before, signed.standing, state.listed[signed.role])
+    except StatementError as error:
+        raise PublishError(f"the revocation is refused: {error}") from None
     return IncomingStanding(signed.role, signed.parsed, new, signed.standing, signed.repeated)
 
 
@@ -115,6 +122,7 @@ def _signed(state: Published, metadata: bytes, now: datetime) -> _Signed:
         role = _role(state, records, standing)
         targets = without_revoked(state.signed["root"], state.signed["targets"])
         verify(targets, role, parsed, "adapters metadata")
+        check_file(role, parsed.signed)
     except (RepositoryError, StatementError) as error:
         raise PublishError(f"the release is refused: {error}") from None
     before = {record.target: record for record in state.listed[role]}
@@ -137,6 +145,21 @@ def _signed(state: Published, metadata: bytes, now: datetime) -> _Signed:
     if not standing.follows(state.standing[role]):
         raise PublishError("what was revoked stays revoked, and floors only rise")
     return _Signed(role, parsed, records, before, standing, repeated=False)
+
+
+def _check_gate(state: Published, signed: _Signed, record: ReleaseRecord) -> None:
+    """The gate, and what may leave the list, by what is published: a request may lie about it."""
+    before = state.listed[signed.role]
+    try:
+        check_listing(before, tuple(signed.records.values()), record)
+    except StatementError as error:
+        raise PublishError(f"the release is refused: {error}") from None
+    found = worse(record.statement, parent_of(record.statement, before, signed.standing))
+    if found and not record.statement.forced.strip():
+        raise PublishError(
+            f"{record.name} is worse than its parent: {'; '.join(found)}; and no reason is signed "
+            "with it: make it anew, with --force-worse REASON if it is to be released all the same"
+        )
 
 
 def _likely_role(state: Published, parsed: Metadata[Any]) -> str:

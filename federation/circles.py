@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tuf.api.metadata import Root, Targets  # type: ignore[attr-defined]  # it has no __all__
 
 from federation.errors import FederationError
+from federation.key_files import KeyFileError, check_identifier
 from federation.keys import Key, key_name
 from protos.signed import ROUNDS_ROLE, revoked_keys
 
@@ -72,9 +73,11 @@ def check_circles(root: Root, targets: Targets) -> dict[str, Circle]:
     """The circles, if they can do their work: thresholds in reach, no key in two of them.
 
     Raises:
-        KeyChangeError: they can't; says which and why.
+        KeyChangeError: they can't, or a key is not the one that its identifier names; says which
+            and why.
     """
     found = circles(root, targets)
+    _check_identifiers(root, targets)
     homes: dict[str, str] = {}
     revoked = revoked_keys(root.unrecognized_fields)
     for circle in found.values():
@@ -98,9 +101,22 @@ def check_circles(root: Root, targets: Targets) -> dict[str, Circle]:
     alike = (root.roles["snapshot"], (targets.delegations.roles or {})[ROUNDS_ROLE])  # type: ignore[union-attr]
     if len(online.keys) != 1 or any(set(r.keyids) != set(online.keys) for r in alike):
         raise KeyChangeError("snapshot, timestamp and rounds must have one and the same online key")
-    if set(root.roles["targets"].keyids) != set(found[ROOT].keys):
-        raise KeyChangeError("root and targets must have the same keys")
+    if any(role.threshold != online.threshold for role in alike):
+        raise KeyChangeError("snapshot, timestamp and rounds must need one signature each")
+    top = root.roles["targets"]
+    if (set(top.keyids), top.threshold) != (set(found[ROOT].keys), found[ROOT].threshold):
+        raise KeyChangeError("root and targets must have the same keys, and need as many of them")
     return found
+
+
+def _check_identifiers(root: Root, targets: Targets) -> None:
+    delegated = targets.delegations.keys if targets.delegations is not None else {}
+    for keys in (root.keys, delegated):
+        for keyid, key in keys.items():
+            try:
+                check_identifier(key)
+            except KeyFileError as error:
+                raise KeyChangeError(f"key {keyid[:16]}: {error}") from None
 
 
 def differences(before: Mapping[str, Circle], after: Mapping[str, Circle]) -> Iterator[str]:

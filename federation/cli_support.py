@@ -16,6 +16,7 @@ import typer
 
 from aggregation.output import AsFormat as FormatOption
 from aggregation.output import Format, show_json, table
+from federation.plain_text import plain
 
 __all__ = [
     "DryRun",
@@ -50,7 +51,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     if not rows:
         typer.echo("nothing yet")
         return
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[plain(cell) for cell in row] for row in rows]
     typer.echo(table(columns, texts))
 
 
@@ -58,7 +59,7 @@ def show_fields(fields: Mapping[str, Any]) -> None:
     """Names and values, one a line."""
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
-        typer.echo(f"{name.ljust(width)}  {value}")
+        typer.echo(f"{name.ljust(width)}  {plain(value)}")
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def fail(message: str, code: int) -> None:
     Raises:
         typer.Exit: always.
     """
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {plain(message, lines=True)}", err=True)
     raise typer.Exit(code)
 
 
@@ -124,7 +125,10 @@ def passphrase(file: Path | None, *, what: str, confirm: bool = False) -> str:
         typer.Exit: there is none, and nobody to ask.
     """
     if file is not None:
-        given = file.read_text().partition("\n")[0].rstrip("\r")
+        try:
+            given = file.read_text("utf-8").partition("\n")[0].rstrip("\r")
+        except UnicodeDecodeError:  # whose own words would show a part of it
+            fail(f"{file} is not text in UTF-8: its first line is the passphrase", 2)
     elif PASSPHRASE_VARIABLE in os.environ:
         given = os.environ[PASSPHRASE_VARIABLE]
     elif sys.stdin.isatty():

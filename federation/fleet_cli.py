@@ -13,6 +13,7 @@ import typer
 
 from federation.devices_shown import print_devices
 from federation.errors import FederationError
+from federation.plain_text import plain
 from federation.shown import (
     HERE,
     AsFormat,
@@ -87,7 +88,7 @@ def fleet_show(
     def table() -> None:
         print_devices([one])
         for name, words in _details(one).items():
-            typer.echo(f"{name}: {words}")
+            typer.echo(plain(f"{name}: {words}"))
         rows = [
             (
                 r["sequence"],

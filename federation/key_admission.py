@@ -12,7 +12,8 @@ from federation.commit import ABSURD
 from federation.key_change import Offline, check_change
 from federation.metadata_files import verify, without_revoked
 from federation.published import Published, PublishError, RepositoryError
-from protos.signed import RoundDocument
+from federation.signable import check_file
+from protos.signed import RoundDocument, StatementError
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def check_keys(state: Published, files: Mapping[str, bytes], now: datetime) -> I
     except (KeyChangeError, RepositoryError, ValueError) as error:
         raise PublishError(f"the change of keys is refused: {error}") from None
     for role, metadata in after.files.items():
+        try:
+            check_file(role, metadata.signed, now)
+        except StatementError as error:
+            raise PublishError(f"the change of keys is refused: {error}") from None
         if metadata.signed.is_expired(roles.in_seconds(now)):
             raise PublishError(f"{role}.json expired on {metadata.signed.expires:%Y-%m-%d}")
     return IncomingKeys(keyid, keyid != old, repeated=False)

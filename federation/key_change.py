@@ -40,6 +40,7 @@ from federation.circles import (
 from federation.keys import THRESHOLD, Key, key_name
 from federation.metadata_files import parse_metadata
 from federation.published import RepositoryError, read_releases, read_standing
+from federation.signable import check_delegations, check_file
 from protos.signed import REVOKED_KEYS, ROUNDS_ROLE, StatementError, check_channel
 
 KEPT_REVOKED = 256  # identifiers in a root; files that name older ones have long expired
@@ -190,9 +191,22 @@ def check_change(before: Offline, after: Offline) -> dict[str, Circle]:
     new_revoked = set(whole.root.unrecognized_fields.get(REVOKED_KEYS, []))
     if old_revoked - new_revoked and len(new_revoked) < KEPT_REVOKED:
         raise KeyChangeError("a revoked key would come back")
+    dropped = _keyids(before.circles()) - _keyids(found)
+    if not new_revoked <= old_revoked | dropped:
+        raise KeyChangeError("the list of revoked keys names one that nobody has held till now")
+    try:
+        for role, metadata in after.files.items():
+            check_file(role, metadata.signed)
+        check_delegations(before.targets, whole.targets)
+    except StatementError as error:
+        raise KeyChangeError(str(error)) from None
     for role in roles_of_releases & after.files.keys():
         _check_same_releases(role, before, after)
     return found
+
+
+def _keyids(found: Mapping[str, Circle]) -> set[str]:
+    return {keyid for circle in found.values() for keyid in circle.keys}
 
 
 def _check_same_releases(role: str, before: Offline, after: Offline) -> None:

@@ -11,13 +11,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from securesystemslib.signer import (  # type: ignore[attr-defined]  # it has no __all__
     CryptoSigner,
+    Key,
     Signer,
     SSlibKey,
 )
 
+from federation.bounded import read_bounded
 from federation.errors import FederationError
 from federation.signers import open_signer
 
+MAX_PUBLIC = 64 << 10  # bytes
 NAME_FIELD = "x-airpeft-name"
 HOLDER_FIELD = "x-airpeft-holder"
 SCHEMES = ("ed25519", "ecdsa-p256")
@@ -84,7 +87,7 @@ def read_public(path: Path) -> SSlibKey:
         KeyFileError: no such file, or not a public key of a scheme that we use.
     """
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_PUBLIC)
         if data.lstrip().startswith(b"-----BEGIN"):
             return _from_pem(data, path)
         doc = json.loads(data)
@@ -94,7 +97,41 @@ def read_public(path: Path) -> SSlibKey:
         raise KeyFileError(f"cannot read the public key {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KeyFileError(f"{path} is not a public key: {error!r}") from None
+    try:
+        check_identifier(key)
+    except KeyFileError as error:
+        raise KeyFileError(f"{path}: {error}") from None
     return key
+
+
+def check_identifier(key: Key) -> None:
+    """Refuse a key that is not the one that its identifier names.
+
+    An identifier is the digest of the key. If it could be anything, one key under two identifiers
+    would count as two people, and another key under a known identifier would take somebody's place
+    without anybody seeing it: whatever people compare, they compare identifiers.
+
+    Raises:
+        KeyFileError: it names another key, or the key is of a kind that we don't use.
+    """
+    public = key.keyval.get("public") if isinstance(key, SSlibKey) else None
+    try:
+        if not isinstance(public, str):
+            raise TypeError("it has no public half")
+        if key.keytype == "ed25519":
+            found = ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        elif key.keytype == "ecdsa":
+            found = serialization.load_pem_public_key(public.encode())  # type: ignore[assignment]
+        else:
+            raise TypeError(f"kind {key.keytype!r}; allowed: {', '.join(SCHEMES)}")
+        named = SSlibKey.from_crypto(found)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise KeyFileError(f"{key_name(key)} is not a public key that we use: {error}") from None
+    if (named.keyid, named.scheme) != (key.keyid, key.scheme):
+        raise KeyFileError(
+            f"{key_name(key)} calls itself {key.keyid[:16]} ({key.scheme[:32]}), but it is the key "
+            f"{named.keyid[:16]} ({named.scheme}): ask its holder for the .pub.json anew"
+        )
 
 
 def key_name(key: object) -> str:

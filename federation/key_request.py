@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import Any
 from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has no __all__
 
 from aggregation import durable
-from federation import roles
+from federation import anchor, roles
+from federation.bounded import read_bounded
 from federation.circles import ROOT, Circle, KeyChangeError, differences
 from federation.key_change import KeyChange, Offline, check_change, plan
 from federation.keys import Signer, key_name
@@ -141,25 +142,34 @@ def read_change(folder: Path) -> KeyRequest:
     _check_believed(before)
     try:
         why = json.loads(_read(folder / REQUEST)).get("why", "")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise KeyChangeError(f"{folder / REQUEST} is not a request: {error}") from None
     return KeyRequest(folder, before, after, str(why)[:500])
 
 
-def sign_change(folder: Path, signer: Signer, *, out: Path | None = None) -> Path:
+def sign_change(
+    change: Path | KeyRequest,
+    signer: Signer,
+    *,
+    out: Path | None = None,
+    roots: Sequence[bytes] = (),
+) -> Path:
     """Add one key's signatures to a request; needs no network and no other key.
 
     Args:
-        folder: the request.
+        change: the request, or its folder; what was shown to a person is not read again.
         signer: any key that has a say in it.
         out: the signature file; by default inside the request.
+        roots: a root that the signer trusts, and any that followed it, in turn; not needed by a
+            key that has signed what the request starts from.
 
     Raises:
         KeyChangeError: the request is not what it should be, or the key has no part in it.
+        AnchorError: nothing says that it starts from what is published.
         KeyFileError: the signer did not sign.
         StorageError: the signatures can't be written.
     """
-    request, keyid = read_change(folder), signer.public_key.keyid
+    request, keyid = _as_read(change), signer.public_key.keyid
     wanted = {need.role for need in request.needs() if keyid in need.circle.keys}
     if not wanted:
         names = sorted({name for need in request.needs() for name in need.circle.names})
@@ -167,6 +177,7 @@ def sign_change(folder: Path, signer: Signer, *, out: Path | None = None) -> Pat
             f"{key_name(signer.public_key)} has no part in this change; these have: "
             f"{', '.join(names)}"
         )
+    anchor.check_change(request.before.files, wanted, signer.public_key, roots)
     signatures = {
         role: signer.sign(request.after.files[role].signed_bytes).to_dict() for role in wanted
     }
@@ -177,7 +188,7 @@ def sign_change(folder: Path, signer: Signer, *, out: Path | None = None) -> Pat
         "signs_sha256": request.digest,
         "signatures": signatures,
     }
-    path = out or folder / SIGNATURES / f"{keyid}.json"
+    path = out or request.folder / SIGNATURES / f"{keyid}.json"
     durable.write_bytes(path, _dump(doc))
     return path
 
@@ -197,13 +208,13 @@ def assemble_change(folder: Path, signatures: Iterable[Path] = ()) -> dict[str, 
     return {role: roles.to_bytes(metadata) for role, metadata in request.after.files.items()}
 
 
-def progress(folder: Path, signatures: Iterable[Path] = ()) -> list[Need]:
+def progress(change: Path | KeyRequest, signatures: Iterable[Path] = ()) -> list[Need]:
     """Who has signed what, counted as devices will count.
 
     Raises:
         KeyChangeError: as for :func:`assemble_change`.
     """
-    request = read_change(folder)
+    request = _as_read(change)
     _collect(request, signatures)
     whole = request.after.over(request.before)
     found = []
@@ -218,6 +229,10 @@ def progress(folder: Path, signatures: Iterable[Path] = ()) -> list[Need]:
         names = sorted(key_name(key) for key in result.signed.values())
         found.append(Need(need.role, need.circle, need.old, tuple(names)))
     return found
+
+
+def _as_read(change: Path | KeyRequest) -> KeyRequest:
+    return change if isinstance(change, KeyRequest) else read_change(change)
 
 
 def _collect(request: KeyRequest, signatures: Iterable[Path]) -> None:
@@ -260,8 +275,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as stream:
-            return stream.read(MAX_FILE)
+        return read_bounded(path, MAX_FILE)
     except OSError as error:
         raise KeyChangeError(f"cannot read {path}: {error.strerror}") from error
 

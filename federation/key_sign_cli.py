@@ -22,13 +22,14 @@ from federation.cli_support import (
 )
 from federation.keys_cli import keys
 from federation.release_source import Home, TokenFile, Url
-from federation.signing_cli import Keys, Out, Publics, signers
+from federation.signing_cli import Keys, Out, Publics, Root, signers
 
 Request = Annotated[Path, typer.Argument(help="Folder of the request.")]
 
 
 @keys.command(
     epilog="Examples: airpeft keys sign change --key root-1.pem --key root-2.pem --yes | "
+    "airpeft keys sign change --key root-4.pem --root root.json --yes | "
     "airpeft keys sign change --key 'command:sign-with-vault root-3' --public root-3.pub.json "
     "--out root-3.json --yes",
 )
@@ -37,27 +38,34 @@ def sign(
     key: Keys,
     public: Publics = None,
     out: Out = None,
+    root: Root = None,
     passphrase_file: PassphraseFile = None,
     yes: Annotated[bool, typer.Option("--yes", help="Sign without being asked.")] = False,
     dry_run: DryRun = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Read what changes, then add signatures to the request. Needs no network."""
-    from federation.key_request import sign_change
+    """Read what changes, then add signatures to the request. Needs no network.
+
+    A key that has not signed what is published itself, a new one for instance, needs a root that
+    you trust.
+    """
+    from federation.key_request import read_change, sign_change
     from federation.key_words import show_progress
     from federation.keys import key_name
 
     if out is not None and len(key) > 1:
         fail("--out takes one key's signatures: give one --key", 2)
     with errors():
+        waiting = read_change(request)  # once: what is signed is what was shown
         if output is Format.TABLE or dry_run:
-            show_progress(output, request)
+            show_progress(output, waiting)
         if dry_run:
             return
         confirm("Sign this change?", yes)
         rows = []
+        trusted = [path.read_bytes() for path in root or ()]
         for signer in signers(key, public, passphrase_file):
-            path = sign_change(request, signer, out=out)
+            path = sign_change(waiting, signer, out=out, roots=trusted)
             rows.append({"key": key_name(signer.public_key), "signature": str(path)})
     if output is Format.JSON:
         show_json("signatures", {"request": str(request), "signatures": rows})

@@ -12,8 +12,9 @@ import typer
 from federation.circles import ONLINE, ROOT, Circle
 from federation.cli_support import Format, show_json, show_table
 from federation.key_change import Offline
-from federation.key_request import progress, read_change
+from federation.key_request import KeyRequest, progress, read_change
 from federation.keys import key_holder, key_name
+from federation.plain_text import plain
 from federation.roles import lifetime
 from protos.signed import REVOKED_KEYS, ROUNDS_ROLE
 
@@ -112,11 +113,11 @@ def show_holdings(
         typer.echo(f"\nrevoked keys, which count no more: {listed}")
 
 
-def change_data(folder: Path, signatures: Sequence[Path] = ()) -> dict[str, Any]:
+def change_data(change: Path | KeyRequest, signatures: Sequence[Path] = ()) -> dict[str, Any]:
     """A request to change keys: what changes, and who has signed."""
-    request = read_change(folder)
+    request = change if isinstance(change, KeyRequest) else read_change(change)
     return {
-        "request": str(folder),
+        "request": str(request.folder),
         "why": request.why,
         "changes": request.lines(),
         "needs": [
@@ -127,21 +128,23 @@ def change_data(folder: Path, signatures: Sequence[Path] = ()) -> dict[str, Any]
                 "missing": need.missing,
                 "may_sign": [n for n in need.circle.names if n not in need.signed_by],
             }
-            for need in progress(folder, signatures)
+            for need in progress(request, signatures)
         ],
     }
 
 
-def show_progress(output: Format, folder: Path, signatures: Sequence[Path] = ()) -> None:
+def show_progress(
+    output: Format, change: Path | KeyRequest, signatures: Sequence[Path] = ()
+) -> None:
     """Print a request to change keys."""
-    data = change_data(folder, signatures)
+    data = change_data(change, signatures)
     if output is Format.JSON:
         show_json("key-change", data)
         return
     if data["why"]:
-        typer.echo(f"why: {data['why']}")
+        typer.echo(f"why: {plain(data['why'])}")
     for line in data["changes"]:
-        typer.echo(f"  {line}")
+        typer.echo(f"  {plain(line)}")
     typer.echo("")
     show_table(
         ["file", "keys of", "signed by", "missing", "may sign"],

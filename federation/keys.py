@@ -172,18 +172,20 @@ def adopt(folder: Path, name: str, key: SSlibKey, uri: str, *, holder: str = "")
         KeyFileError: the name is malformed or taken.
         StorageError: the folder cannot be written.
     """
-    _check_free(folder, name)
+    _check_free(folder, name, key)
     _make_folder(folder)
     durable.write_bytes(folder / f"{name}.uri", f"{uri}\n".encode(), mode=0o600)
     _write_public(folder, name, key, holder)
     return KeyFolder(folder)
 
 
-def _check_free(folder: Path, name: str) -> None:
+def _check_free(folder: Path, name: str, key: SSlibKey | None = None) -> None:
     if not NAME.match(name):
         raise KeyFileError(f"key name {name!r} must be lower-case letters, digits, hyphens")
-    for path in (folder / f"{name}.pem", folder / f"{name}.uri"):
-        if path.exists():
+    public = folder / f"{name}.pub.json"
+    ours = key is not None and public.exists() and read_public(public).keyid == key.keyid
+    for path in (folder / f"{name}.pem", folder / f"{name}.uri", public):
+        if path.exists() and not (path == public and ours):
             raise KeyFileError(
                 f"{path} exists and is never overwritten: choose another folder or name"
             )

@@ -20,9 +20,11 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all_
 )
 from tuf.api.serialization import DeserializationError
 
+from federation.bounded import read_bounded
 from federation.published import Published, RepositoryError
 from protos.canonical import canonical
 from protos.signed import ROUNDS_ROLE, StatementError, revoked_keys
+from protos.threshold import verify_threshold
 
 MAX_METADATA = 4_000_000
 """Bytes of one metadata file; devices refuse a little more than that."""
@@ -143,7 +145,7 @@ def _matches(meta: MetaFile, data: bytes, metadata: Metadata[Any], name: str) ->
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path, MAX_METADATA)
     except OSError as error:
         raise RepositoryError(f"cannot read {path}: {error.strerror}") from error
 
@@ -170,6 +172,6 @@ def verify(delegator: Any, role: str, metadata: Metadata[Any], name: str) -> Non
     """
     try:
         content = canonical(metadata.signed.to_dict())
-        delegator.verify_delegate(role, content, metadata.signatures)
+        verify_threshold(delegator, role, content, metadata.signatures)
     except (TufError, ValueError) as error:
         raise RepositoryError(f"{name}: {error}") from None

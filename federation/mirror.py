@@ -68,12 +68,14 @@ def export_mirror(
         dry_run: only say what would be copied.
 
     Raises:
-        MirrorError: a payload is missing or is not what its name says.
+        MirrorError: a payload is missing or is not what its name says, or a link in the folder
+            leads out of it.
         RepositoryError: there is no repository, or it does not verify.
         StorageError: the copy cannot be written; run it again and it goes on.
     """
     if folder.resolve().is_relative_to(repository.resolve()):
         raise MirrorError(f"{folder} lies inside {repository}: choose a folder outside of it")
+    _check_no_link(folder)
     state = load(repository)
     wanted, names = _payloads(state, only_assigned)
     copied = count = 0
@@ -98,6 +100,14 @@ def export_mirror(
         releases=tuple(names),
         usable_until=min(signed.expires for signed in state.signed.values()),
     )
+
+
+def _check_no_link(folder: Path) -> None:
+    """Refuse a copy, on a stick for instance, that would have us write somewhere else."""
+    for top in ("metadata", "targets", "wraps"):
+        for found in (folder / top, *(folder / top).rglob("*/")):
+            if found.is_symlink():
+                raise MirrorError(f"{found} is a link: remove it, or choose another folder")
 
 
 class FolderShelf:
@@ -125,7 +135,8 @@ class FolderShelf:
             NotFoundError: there is none; the path is never followed outside.
         """
         file = self._folder / checked(path)
-        if not file.is_file():
+        # A link could lead to anything that this process may read.
+        if not file.is_file() or file.resolve() != self._folder.resolve() / path:
             raise NotFoundError(f"no file {path[:200]!r}")
         return file
 

@@ -14,9 +14,10 @@ import logging
 import os
 import re
 import ssl
+import stat
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote_to_bytes
 
 import h11
@@ -24,6 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from federation.metrics import CONTENT_TYPE
 from federation.mirror import TIMESTAMP, WRAPS, MirrorError
+from federation.mirror_talk import Talk
 from federation.published import NotFoundError
 
 log = logging.getLogger("airpeft.federation.mirror")
@@ -32,7 +34,6 @@ HEADER_SECONDS = 15.0
 STALL_SECONDS = 60.0
 BLOCK = 256 * 1024  # bytes that one reader must take within STALL_SECONDS
 CONNECTIONS = 512
-HEADERS_MAX = 8 * 1024  # bytes
 CLOSE = {"connection": "close"}
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})\Z", re.ASCII)
 
@@ -86,9 +87,10 @@ class MirrorServer:
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self.metrics = MirrorMetrics()
-        self._shelf, self._free = shelf, connections
+        self._shelf, self._free, self._most = shelf, connections, connections
         self._header_seconds, self._stall_seconds = header_seconds, stall_seconds
         self._server: asyncio.Server | None = None
+        self._tls: ssl.SSLContext | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
 
@@ -98,8 +100,9 @@ class MirrorServer:
         Raises:
             MirrorError: the port is taken.
         """
+        self._tls = tls
         try:
-            self._server = await asyncio.start_server(self._take, host, port, ssl=tls, backlog=1024)
+            self._server = await asyncio.start_server(self._take, host, port, backlog=1024)
         except OSError as error:
             raise MirrorError(
                 f"cannot listen on {host}:{port}: {error.strerror}: choose another port, or 0 for"
@@ -123,9 +126,15 @@ class MirrorServer:
         self.metrics.open.inc()
         why = "cut"
         try:
-            talk = _Talk(reader, writer)
+            why = "crowded" if self._free < 0 else why
+            if self._tls is not None:
+                # Counted before the handshake, which one that never ends would escape otherwise.
+                if self._free < -self._most:
+                    return  # too many even to be told
+                async with asyncio.timeout(self._header_seconds):
+                    await writer.start_tls(self._tls)
+            talk = Talk(reader, writer)
             if self._free < 0:
-                why = "crowded"
                 await self._say(talk, HTTPStatus.SERVICE_UNAVAILABLE, {"retry-after": "2", **CLOSE})
                 return
             while await self._answer(talk):
@@ -149,7 +158,7 @@ class MirrorServer:
             if task is not None:
                 self._tasks.discard(task)
 
-    async def _answer(self, talk: _Talk) -> bool:
+    async def _answer(self, talk: Talk) -> bool:
         """One request and its answer; whether another may follow."""
         try:
             async with asyncio.timeout(self._header_seconds):
@@ -169,7 +178,7 @@ class MirrorServer:
             return talk.next()
         try:
             file = await self._shelf.find(path)
-            descriptor = file.open("rb")
+            descriptor = _opened(file)
         except (NotFoundError, FileNotFoundError):
             await self._say(talk, HTTPStatus.NOT_FOUND, {"cache-control": "no-store"})
             return talk.next()
@@ -179,8 +188,8 @@ class MirrorServer:
             return talk.next()
         with descriptor:
             headers = {key.decode(): value.decode("latin-1") for key, value in request.headers}
-            stat = os.fstat(descriptor.fileno())
-            status, own, start, end = _plan(path, headers, stat)
+            about = os.fstat(descriptor.fileno())
+            status, own, start, end = _plan(path, headers, about)
             self.metrics.requests.labels(str(int(status))).inc()
             async with asyncio.timeout(self._stall_seconds):
                 await talk.head(status, own)
@@ -195,7 +204,7 @@ class MirrorServer:
         return talk.next()
 
     async def _say(
-        self, talk: _Talk, status: HTTPStatus, headers: dict[str, str], body: bytes = b""
+        self, talk: Talk, status: HTTPStatus, headers: dict[str, str], body: bytes = b""
     ) -> None:
         self.metrics.requests.labels(str(int(status))).inc()
         with contextlib.suppress(h11.LocalProtocolError):
@@ -203,67 +212,19 @@ class MirrorServer:
                 await talk.head(status, {**headers, "content-length": str(len(body))}, body)
 
 
-class _Talk:
-    """One connection: h11 says what the bytes mean, asyncio carries them."""
+def _opened(file: Path) -> BinaryIO:
+    """An ordinary file; no link is followed, and no pipe waited for.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self._state = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADERS_MAX)
-        self._head_only = False
-
-    async def request(self) -> h11.Request | None:
-        """The next request with all that belongs to it; None at the end."""
-        found: h11.Request | None = None
-        while True:
-            event = self._state.next_event()
-            if event is h11.NEED_DATA:
-                self._state.receive_data(await self._reader.read(4096))
-            elif isinstance(event, h11.Request):
-                found = event
-                self._head_only = event.method == b"HEAD"
-            elif isinstance(event, h11.Data):
-                raise h11.RemoteProtocolError("a body was not asked for", 413)
-            else:  # EndOfMessage, ConnectionClosed, PAUSED
-                return found
-
-    async def head(self, status: HTTPStatus, headers: dict[str, str], body: bytes = b"") -> None:
-        """Status and headers, and a short body if there is one."""
-        lines = list({"server": "airpeft-mirror", **headers}.items())
-        self._writer.write(
-            self._state.send(
-                h11.Response(status_code=int(status), headers=lines, reason=status.phrase.encode())
-            )
-            or b""
-        )
-        if body and not self._head_only:
-            self._writer.write(self._state.send(h11.Data(data=body)) or b"")
-        await self._writer.drain()
-
-    async def body(self, file: BinaryIO, start: int, count: int) -> int:
-        """Bytes of a file, by the kernel where that is possible; how many were sent."""
-        loop = asyncio.get_running_loop()
-        extent: Any = _Extent(count)
-        self._state.send_with_data_passthrough(h11.Data(data=extent))
-        return await loop.sendfile(self._writer.transport, file, start, count)
-
-    def next(self) -> bool:
-        """End this answer; whether the connection may carry another request."""
-        if self._state.our_state is h11.SEND_BODY:
-            self._state.send(h11.EndOfMessage())
-        if self._state.our_state is h11.DONE and self._state.their_state is h11.DONE:
-            self._state.start_next_cycle()
-            return True
-        return False
-
-
-class _Extent:
-    """Stands for so many bytes that the kernel sends."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
+    Raises:
+        NotFoundError: it is something else.
+        OSError: it can't be opened.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found.close()
+        raise NotFoundError(f"{file} is not an ordinary file")
+    return found
 
 
 def _plan(

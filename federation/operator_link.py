@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -30,10 +32,18 @@ class OperatorLink:
         url: such as ``http://127.0.0.1:8443``.
         token: the operator's.
         timeout: seconds for each call.
+
+    Raises:
+        OperatorError: an address at which anybody on the way could read the token.
     """
 
     def __init__(self, url: str, token: str, *, timeout: float = 60.0) -> None:
         self.url = url.rstrip("/")
+        if not _keeps_secrets(self.url):
+            raise OperatorError(
+                f"{self.url[:200]}: the operator's token would go out for anybody to read: give "
+                "https://HOST[:PORT], or http:// on loopback only (ssh -L brings a port here)"
+            )
         # Loopback, or an address the operator gave: proxies of the environment have no part in it.
         self._http = httpx.Client(
             base_url=self.url,
@@ -101,6 +111,25 @@ def _refusal(answer: httpx.Response) -> OperatorError:
     except (ValueError, AttributeError, TypeError, KeyError):
         message, code = answer.text[:500], ""
     return OperatorError(message or f"HTTP {answer.status_code}", answer.status_code, code)
+
+
+def _keeps_secrets(url: str) -> bool:
+    """Whether what is sent there is encrypted, or stays on this machine.
+
+    >>> [_keeps_secrets(u) for u in ("https://a.example", "http://127.0.0.1:1", "http://[::1]:1")]
+    [True, True, True]
+    >>> [_keeps_secrets(u) for u in ("http://a.example", "http://127.0.0.1@a.example", "a:1", "")]
+    [False, False, False, False]
+    """
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "https":
+            return bool(parts.hostname)
+        host = parts.hostname or ""
+        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    return parts.scheme == "http" and here
 
 
 def _served_at(home: Path) -> str:

@@ -32,6 +32,8 @@ FRESH = 5.0  # seconds that timestamp.json, or the lack of a file, is believed t
 STEADY = 600.0  # seconds for metadata whose name carries its version
 PAYLOAD_MAX = 512 * 1024 * 1024  # bytes
 CACHE_MAX = 4 * 1024 * 1024 * 1024  # bytes
+SMALL_CACHE_MAX = 256 * 1024 * 1024  # bytes of metadata, and as many of wrapped keys
+SLOWEST = 1024  # bytes a second
 SMALL_MAX = max(MAX_METADATA, MAX_BYTES)  # bytes of metadata, and of wrapped keys
 TRIES = 4  # of one file, going on where the last one stopped
 MISSING_MAX = 4096  # names remembered as missing
@@ -47,7 +49,8 @@ class RelayShelf:
         tls: how its certificate is checked; None for the system's authorities.
         cache_max: bytes of payloads kept; the longest unused go first.
         clock: Unix time, seconds.
-        silence: seconds without a byte after which upstream is given up.
+        silence: seconds without a byte after which upstream is given up; an answer must begin
+            within as many, and after as many its speed is judged.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class RelayShelf:
         silence: float = 20.0,
     ) -> None:
         self._upstream, self._cache = upstream.rstrip("/"), cache
-        self._cache_max, self._clock = cache_max, clock
+        self._cache_max, self._clock, self._silence = cache_max, clock, silence
         self._client = httpx.AsyncClient(
             verify=tls or ssl.create_default_context(),
             timeout=httpx.Timeout(silence, connect=10.0),
@@ -117,7 +120,6 @@ class RelayShelf:
 
     async def _fetch(self, path: str, file: Path) -> None:
         partial = file.with_name(file.name + PARTIAL)
-        file.parent.mkdir(parents=True, exist_ok=True)
         digest = digest_named(path)
         if digest is None:
             partial.unlink(missing_ok=True)  # another version may stand there now
@@ -125,7 +127,7 @@ class RelayShelf:
             try:
                 await self._append(path, partial, PAYLOAD_MAX if digest else SMALL_MAX)
                 break
-            except (httpx.HTTPError, OSError) as error:
+            except (httpx.HTTPError, OSError, TimeoutError) as error:
                 if left == 0:
                     raise MirrorError(f"{self._upstream}/{path}: {error!r}") from error
         if digest is not None:
@@ -136,13 +138,20 @@ class RelayShelf:
         partial.replace(file)
         self._checked[path] = self._clock()
         if digest is not None:
-            self._make_room(file)
+            self._make_room("targets", file, self._cache_max)
+        else:
+            for folder in ("metadata", "wraps"):
+                self._make_room(folder, file, min(self._cache_max, SMALL_CACHE_MAX))
+            self._checked = {p: at for p, at in self._checked.items() if (self._cache / p).exists()}
 
     async def _append(self, path: str, partial: Path, limit: int) -> None:
         offset = partial.stat().st_size if partial.exists() else 0
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         url = f"{self._upstream}/{quote(path)}"
-        async with self._client.stream("GET", url, headers=headers) as answer:
+        async with asyncio.timeout(self._silence):
+            request = self._client.build_request("GET", url, headers=headers)
+            answer = await self._client.send(request, stream=True)
+        async with contextlib.aclosing(answer):
             if answer.status_code == 404:
                 self._missing[path] = self._clock()
                 while len(self._missing) > MISSING_MAX:
@@ -156,22 +165,29 @@ class RelayShelf:
             goes_on = answer.headers.get("Content-Range", "").startswith(begin)
             if answer.status_code == 206 and not goes_on:
                 raise MirrorError(f"{url}: another range than the one asked for")
+            # Only now: whoever asks for names that nobody has must leave nothing behind.
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            begun, got = time.monotonic(), 0
             with partial.open("ab" if answer.status_code == 206 else "wb") as stream:
                 async for part in answer.aiter_raw():
                     stream.write(part)
+                    got += len(part)
+                    waited = time.monotonic() - begun
+                    if waited > self._silence and got < SLOWEST * waited:
+                        raise MirrorError(f"{url}: {got} bytes in {waited:.0f} s: too slow")
                     if stream.tell() > limit:
                         partial.unlink(missing_ok=True)
                         raise MirrorError(f"{url}: longer than {limit} bytes")
 
-    def _make_room(self, newest: Path) -> None:
+    def _make_room(self, folder: str, newest: Path, most: int) -> None:
         kept = [
             (file.stat().st_mtime, file.stat().st_size, file)
-            for file in (self._cache / "targets").rglob("*")
+            for file in (self._cache / folder).rglob("*")
             if file.is_file() and not file.name.endswith(PARTIAL)
         ]
         total = sum(size for _, size, _ in kept)
         for _, size, file in sorted(kept):
-            if total <= self._cache_max:
+            if total <= most:
                 return
             if file != newest:
                 file.unlink(missing_ok=True)

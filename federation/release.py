@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from tuf.api.metadata import Signature  # type: ignore[attr-defined]  # it has n
 
 from aggregation import durable
 from federation import roles
+from federation.anchor import check_release
 from federation.description import ReleaseError, ReleaseOptions
 from federation.keys import Signer, key_name
-from federation.metadata_files import MAX_METADATA
 from federation.published import ReleaseRecord
 from federation.release_request import (
+    MAX_PAYLOAD,
     PAYLOAD,
     REQUEST,
     SCHEMA,
@@ -74,34 +75,45 @@ __all__ = [
 ]
 
 
-def sign(folder: Path, signer: Signer, *, out: Path | None = None) -> Path:
+def sign(
+    folder: Path, signer: Signer, *, out: Path | None = None, roots: Sequence[bytes] = ()
+) -> Path:
     """Add one signature to a request; needs no network and no other key.
 
     Args:
         folder: the request.
         signer: an adapter key.
         out: the signature file; by default inside the request.
+        roots: a root that the signer trusts, and any that followed it, in turn; not needed by a
+            key that has signed what the request starts from.
 
     Returns:
         The signature file.
 
     Raises:
         ReleaseError: the request is not what it should be, so it is not signed.
+        AnchorError: nothing says that it starts from what is published.
         StorageError: the signature can't be written.
     """
-    return sign_request(read_any(folder), signer, out=out)
+    return sign_request(read_any(folder), signer, out=out, roots=roots)
 
 
 def sign_request(
-    request: ReleaseRequest | RevocationRequest, signer: Signer, *, out: Path | None = None
+    request: ReleaseRequest | RevocationRequest,
+    signer: Signer,
+    *,
+    out: Path | None = None,
+    roots: Sequence[bytes] = (),
 ) -> Path:
     """The same, for a request that has been read, and so checked, already.
 
     Raises:
+        AnchorError: as for :func:`sign`.
         ReleaseError: it holds what cannot be signed, such as a number with a fraction.
         SignerError: the signer did not sign.
         StorageError: the signature can't be written.
     """
+    check_release(request.folder, request.previous, signer.public_key, roots)
     try:
         content = canonical_exact(request.parsed.signed.to_dict())
     except ValueError as error:
@@ -131,7 +143,7 @@ def assemble(folder: Path, signatures: Iterable[Path] = ()) -> tuple[bytes, byte
         ReleaseError: a signature file is for another request, or not one.
     """
     request = read_request(folder)
-    return _signed(request, signatures), read_file(request.folder / PAYLOAD)
+    return _signed(request, signatures), read_file(request.folder / PAYLOAD, MAX_PAYLOAD)
 
 
 def assemble_revocation(folder: Path, signatures: Iterable[Path] = ()) -> bytes:
@@ -180,7 +192,7 @@ def publish(
         PublishError: the repository refuses, for example for lack of signatures.
     """
     request = read_request(folder)
-    metadata, data = _signed(request, signatures), read_file(request.folder / PAYLOAD)
+    metadata, data = _signed(request, signatures), read_file(request.folder / PAYLOAD, MAX_PAYLOAD)
     record = repository.publish_release(metadata, data, now=now)
     if record.statement.seal is not None:
         wraps = Wraps.from_bytes(read_wraps(request), record.sha256)
@@ -200,7 +212,7 @@ def _signed(request: ReleaseRequest | RevocationRequest, signatures: Iterable[Pa
 
 def _read_signature(path: Path, expected: str) -> tuple[str, Any]:
     try:
-        doc = json.loads(read_file(path)[:MAX_METADATA])
+        doc = json.loads(read_file(path))
         if doc["signs_sha256"] != expected:
             raise ReleaseError(f"{path} signs another request: sign this one again")
         signature = Signature.from_dict(dict(doc["signature"]))

@@ -26,10 +26,11 @@ from federation.cli_support import (
     show_table,
 )
 from federation.key_change_cli import keys
+from federation.plain_text import plain
 from federation.release_app import release
 from federation.release_source import Copy, Home, TokenFile, Url, known_releases, server
 from federation.release_words import accuracy, day, epsilon, show_release
-from federation.signing_cli import Keys, Out, Publics, signers
+from federation.signing_cli import Keys, Out, Publics, Root, signers
 
 __all__ = ["keys", "release", "release_make_cli", "release_verify_cli", "release_wrap_cli"]
 
@@ -38,7 +39,7 @@ Request = Annotated[Path, typer.Argument(help="Folder of the request.")]
 
 @release.command(
     epilog="Examples: airpeft release sign r1 --key adapters-1.pem --key adapters-2.pem | "
-    "airpeft release sign r1 --key adapters-3.pem --out signature.json | "
+    "airpeft release sign r1 --key adapters-3.pem --root root.json --out signature.json | "
     "airpeft release sign r1 --key 'command:sign-with-vault adapters-2' "
     "--public adapters-2.pub.json",
 )
@@ -47,10 +48,14 @@ def sign(
     key: Keys,
     public: Publics = None,
     out: Out = None,
+    root: Root = None,
     passphrase_file: PassphraseFile = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Add signatures to a request for a release or a revocation. Needs no network."""
+    """Add signatures to a request for a release or a revocation. Needs no network.
+
+    A key that has not signed the current list of releases itself needs a root that you trust.
+    """
     from federation import release as releases
     from federation.keys import key_name
 
@@ -59,8 +64,9 @@ def sign(
     rows = []
     with errors():
         waiting = releases.read_any(request)
+        trusted = [path.read_bytes() for path in root or ()]
         for signer in signers(key, public, passphrase_file):
-            file = releases.sign_request(waiting, signer, out=out)
+            file = releases.sign_request(waiting, signer, out=out, roots=trusted)
             rows.append({"key": key_name(signer.public_key), "signature": str(file)})
     if output is Format.JSON:
         show_json("signatures", {"release": waiting.name, "signatures": rows})
@@ -69,9 +75,10 @@ def sign(
         record = waiting.record
         typer.echo(f"{record.name}: {record.length} bytes, sha256 {record.sha256}")
         if record.statement.forced:
-            typer.echo(f"worse than its parent, and released because: {record.statement.forced}")
+            reason = plain(record.statement.forced)
+            typer.echo(f"worse than its parent, and released because: {reason}")
     else:
-        typer.echo(waiting.name)
+        show_revocation(Format.TABLE, releases.describe_revocation(waiting))
     show_table(["key", "signature"], [[row["key"], row["signature"]] for row in rows])
 
 

@@ -17,6 +17,7 @@ from federation.release_source import (
     TokenFile,
     Url,
     current_adapters,
+    offline_files,
     targets_in_use,
 )
 from federation.release_words import show_release
@@ -149,6 +150,7 @@ def make(
             now=datetime.now(UTC),
             in_use=targets_in_use(home, url, token_file, repository),
             seal_to=to,
+            above=offline_files(home, url, token_file, repository)[0],
         )
         data = {"request": str(out), **describe(request.record)}
         data["sizes"] = sizes(out, data)

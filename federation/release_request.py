@@ -4,6 +4,7 @@ request/
 request.json        what this is about, for people and for the later steps
 adapters.json       the metadata to be signed
 previous.json       the current metadata, so that a signer can see that nothing else changes
+above/              root and targets, by which that metadata can be verified
 payload.airpeft     the bytes that devices will fetch
 keys.wraps          where these are encrypted: their key, wrapped to each device that may read them
 signatures/         one file for each key: <keyid>.json
@@ -27,19 +28,22 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # it has no __all_
 from aggregation import beside, durable, payload, peft_layout, sealed
 from aggregation.adapter import Adapter
 from federation import roles
+from federation.anchor import files_above
+from federation.bounded import read_bounded
 from federation.description import ReleaseError, ReleaseOptions, passed, statement_for
-from federation.metadata_files import parse_metadata
+from federation.metadata_files import MAX_METADATA, parse_metadata
 from federation.provenance import read_provenance
 from federation.published import ReleaseRecord, RepositoryError, read_releases, read_standing
 from federation.sealing import SealingError, SealTo, check_seal, sealed_payload
-from protos.signed import Standing, StatementError
-from protos.wraps import WrapError, Wraps
+from federation.signable import check_file, check_listing, may_leave
+from protos.signed import ADAPTERS_ROLE, Standing, StatementError
+from protos.wraps import MAX_BYTES, WrapError, Wraps
 
 SCHEMA = 1
 REQUEST, METADATA, PREVIOUS = "request.json", "adapters.json", "previous.json"
+MAX_PAYLOAD = 512 << 20  # bytes
+NOTHING: Mapping[str, bytes] = {}
 PAYLOAD, SIGNATURES, WRAPS = "payload.airpeft", "signatures", "keys.wraps"
-LIVE_RELEASES = 24
-"""Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,14 @@ class ReleaseRequest:
         record: the new release.
         metadata: the bytes of the unsigned ``adapters`` file.
         parsed: the same, read.
+        previous: the file that it follows.
     """
 
     folder: Path
     record: ReleaseRecord
     metadata: bytes
     parsed: Metadata[Any] = field(repr=False, compare=False)
+    previous: Metadata[Any] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -73,6 +79,7 @@ def make_request(
     now: datetime,
     in_use: Collection[str] = (),
     seal_to: SealTo | None = None,
+    above: Mapping[str, bytes] = NOTHING,
 ) -> ReleaseRequest:
     """Encode an adapter and write the request for its release.
 
@@ -87,6 +94,7 @@ def make_request(
         now: the time, with a zone.
         in_use: targets that the current round hands out: they stay listed, however old.
         seal_to: who alone shall be able to read the payload; None: everybody.
+        above: root and targets as published, for signers who bring a root of their own.
 
     Raises:
         ReleaseError: ``out`` exists, the metadata is not that of a repository, a field is wrong,
@@ -126,12 +134,13 @@ def make_request(
         PREVIOUS: adapters,
         PAYLOAD: encoded.data,
     }
+    files |= files_above(above)
     if wraps is not None:
         files[WRAPS] = wraps.to_bytes()
     record = ReleaseRecord(statement, encoded.sha256, encoded.length)
     files[REQUEST] = dump(_summary(record, unsigned.signed.version))
     durable.write_folder(out, files)
-    return ReleaseRequest(out, record, files[METADATA], unsigned)
+    return ReleaseRequest(out, record, files[METADATA], unsigned, current)
 
 
 def _check_not_revoked(
@@ -187,6 +196,8 @@ def read_request(folder: Path) -> ReleaseRequest:
             f"changed: {', '.join(sorted(changed)) or 'none'}"
         )
     try:
+        check_file(ADAPTERS_ROLE, after.signed)
+        check_listing(old, records, new[0])
         if read_standing(after.signed) != read_standing(before.signed):
             raise ReleaseError(
                 f"{folder}: a release revokes no other; that is a request of its own"
@@ -194,14 +205,14 @@ def read_request(folder: Path) -> ReleaseRequest:
         passed(new[0].statement, old, read_standing(before.signed), new[0].statement.forced)
     except StatementError as error:
         raise ReleaseError(f"{folder}: {error}") from None
-    data = read_file(folder / PAYLOAD)
+    data = read_file(folder / PAYLOAD, MAX_PAYLOAD)
     if hashlib.sha256(data).hexdigest() != new[0].sha256 or len(data) != new[0].length:
         raise ReleaseError(f"{folder / PAYLOAD} is not the payload that {METADATA} names")
     try:
         check_seal(new[0].statement, data)
     except SealingError as error:
         raise ReleaseError(f"{folder / PAYLOAD}: {error}") from None
-    return ReleaseRequest(folder, new[0], metadata, after)
+    return ReleaseRequest(folder, new[0], metadata, after, before)
 
 
 def read_wraps(request: ReleaseRequest) -> bytes:
@@ -212,7 +223,7 @@ def read_wraps(request: ReleaseRequest) -> bytes:
     """
     if request.record.statement.seal is None:
         return b""
-    data = read_file(request.folder / WRAPS)
+    data = read_file(request.folder / WRAPS, MAX_BYTES)
     try:
         Wraps.from_bytes(data, request.record.sha256)
     except WrapError as error:
@@ -236,8 +247,7 @@ def _live(
     records: Sequence[ReleaseRecord], channel: str, in_use: Collection[str]
 ) -> list[ReleaseRecord]:
     """What stays listed: everything of other channels, of this one the newest and those in use."""
-    mine = [record for record in records if record.statement.channel == channel]
-    old = {record.target for record in mine[: -(LIVE_RELEASES - 1)]} - set(in_use)
+    old = may_leave(records, channel) - set(in_use)
     return [record for record in records if record.target not in old]
 
 
@@ -267,14 +277,14 @@ def parse_adapters(
         raise ReleaseError(f"not the adapters metadata of a repository: {error}") from None
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, most: int = MAX_METADATA) -> bytes:
     """A file of a request.
 
     Raises:
-        ReleaseError: it can't be read.
+        ReleaseError: it can't be read, or has more than ``most`` bytes.
     """
     try:
-        return path.read_bytes()
+        return read_bounded(path, most)
     except OSError as error:
         raise ReleaseError(
             f"cannot read {path}: {error.strerror}; a request is made with: airpeft release make"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from federation.cli_support import Format, FormatOption, errors, fail, show_json, show_table
+from federation.plain_text import plain
 from federation.release_app import release
-from federation.release_source import Copy, Home, TokenFile, Url, current_adapters
+from federation.release_source import Copy, Home, TokenFile, Url, current_adapters, offline_files
 from federation.release_words import day
 
 if TYPE_CHECKING:
@@ -134,12 +135,13 @@ def revoke(
             why=why,
             also_older=also_older,
             now=datetime.now(UTC),
+            above=offline_files(home, url, token_file, repository)[0],
         )
     data = {"request": str(out), **describe_revocation(request)}
     if output is Format.JSON:
         show_json("revocation", data)
         return
-    typer.echo(f"request to revoke {name} in {out}: {why}")
+    typer.echo(f"request to revoke {name} in {out}: {plain(why)}")
     for line, floor in request.floors.items():
         typer.echo(f"nothing below {line}-{floor} is installed any more")
     typer.echo(f"\nnext: airpeft release sign {out} --key KEY.pem   (two different keys)")

@@ -87,4 +87,7 @@ def accuracy(evaluation: dict[str, Any] | None) -> str:
 
 def day(unix: int) -> str:
     """A time for people, UTC."""
-    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M") if unix else "-"
+    try:
+        return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M") if unix else "-"
+    except (ValueError, OverflowError, OSError):
+        return f"{unix} seconds after 1970"

@@ -11,7 +11,7 @@ that serves it leaves it. With ``also_older`` the channel's floor rises above it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,10 +21,12 @@ from tuf.api.metadata import Metadata
 
 from aggregation import durable
 from federation import roles
+from federation.anchor import files_above
 from federation.description import ReleaseError
 from federation.published import ReleaseRecord, read_standing
 from federation.release_request import (
     METADATA,
+    NOTHING,
     PREVIOUS,
     REQUEST,
     SCHEMA,
@@ -32,7 +34,8 @@ from federation.release_request import (
     parse_adapters,
     read_file,
 )
-from protos.signed import Revocation, Standing, StatementError
+from federation.signable import check_file, check_floors
+from protos.signed import ADAPTERS_ROLE, Revocation, Standing, StatementError
 
 KIND = "revocation"
 
@@ -47,6 +50,7 @@ class RevocationRequest:
         floors: the floors that rise, by channel.
         metadata: the bytes of the unsigned ``adapters`` file.
         parsed: the same, read.
+        previous: the file that it follows, read at the same time.
     """
 
     folder: Path
@@ -54,6 +58,7 @@ class RevocationRequest:
     floors: dict[str, int]
     metadata: bytes
     parsed: Metadata[Any] = field(repr=False, compare=False)
+    previous: Metadata[Any] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -69,6 +74,7 @@ def make_revocation(
     why: str,
     also_older: bool = False,
     now: datetime,
+    above: Mapping[str, bytes] = NOTHING,
 ) -> RevocationRequest:
     """Write the request for a revocation.
 
@@ -79,6 +85,7 @@ def make_revocation(
         why: for people, and for the log of each device; signed.
         also_older: no older release of the channel is installed any more either.
         now: the time, with a zone.
+        above: root and targets as published, for signers who bring a root of their own.
 
     Raises:
         ReleaseError: ``out`` exists, there is no such release, it is revoked already, or there is
@@ -109,9 +116,10 @@ def make_revocation(
     listed = current.signed.targets.values()
     unsigned = roles.adapters(listed, current.signed.version + 1, now, after)
     risen = {c: n for c, n in floors.items() if n != before.floors.get(c, 0)}
-    request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned), unsigned)
+    request = RevocationRequest(out, (entry,), risen, roles.to_bytes(unsigned), unsigned, current)
     summary = {"schema": SCHEMA, "kind": KIND, **describe_revocation(request)}
     files = {METADATA: request.metadata, PREVIOUS: adapters, REQUEST: dump(summary)}
+    files |= files_above(above)
     durable.write_folder(out, files)
     return request
 
@@ -132,6 +140,8 @@ def read_revocation(folder: Path) -> RevocationRequest:
     after, records = parse_adapters(metadata, METADATA, before.signed, old)
     try:
         said, earlier = read_standing(after.signed), read_standing(before.signed)
+        check_file(ADAPTERS_ROLE, after.signed)
+        check_floors(earlier, said, old)
     except StatementError as error:
         raise ReleaseError(f"{folder}: {error}") from None
     if records != old or after.signed.version != before.signed.version + 1:
@@ -143,7 +153,7 @@ def read_revocation(folder: Path) -> RevocationRequest:
             f"{folder}: it must say something more than before, and take nothing back"
         )
     risen = {c: n for c, n in said.floors.items() if n != earlier.floors.get(c, 0)}
-    return RevocationRequest(folder, new, risen, metadata, after)
+    return RevocationRequest(folder, new, risen, metadata, after, before)
 
 
 def describe_revocation(request: RevocationRequest) -> dict[str, Any]:

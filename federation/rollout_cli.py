@@ -16,6 +16,7 @@ import typer
 from aggregation.output import envelope
 from federation import rollout_options as options
 from federation.errors import FederationError
+from federation.plain_text import plain
 from federation.policy import Policy
 from federation.rate import Rate
 from federation.rollout_nouns import State, Verb, allows
@@ -244,7 +245,7 @@ def rollout_watch(
             typer.echo(json.dumps(envelope("rollout", one)))
         elif (line := progress(one)) != said:
             said = line
-            say(f"{at(one['updated'])} {line}")
+            say(f"{at(one['updated'])} {plain(line)}")
 
     def away(why: str) -> None:
         typer.echo(f"waiting for the server: {why}", err=True)

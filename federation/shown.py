@@ -18,6 +18,7 @@ import typer
 from aggregation.errors import AggregationError
 from aggregation.output import AsFormat, Format, show_json
 from federation.errors import FederationError
+from federation.plain_text import plain
 from protos.errors import WireError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (FederationError, WireError, AggregationError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {plain(error, lines=True)}", err=True)
         raise typer.Exit(BAD_INPUT) from None
 
 
@@ -110,13 +111,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     terminal = sys.stdout.isatty()
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     colour = "NO_COLOR" not in os.environ and terminal
     Console(no_color=not colour, width=None if terminal else 200, highlight=False).print(table)
 

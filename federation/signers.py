@@ -155,6 +155,20 @@ class CheckedSigner(Signer):
         return signature
 
 
+def check_no_secret(uri: str) -> None:
+    """Refuse a URI with a PIN in it: command lines and files of keys are read by others.
+
+    Raises:
+        SignerError: it has one; the message does not repeat it.
+    """
+    scheme, _, rest = uri.partition(":")
+    if scheme in ("pkcs11", "hsm") and re.search(r"(?i)(?:^|[;?&])\s*pin-(?:value|source)\b", rest):
+        raise SignerError(
+            f"{scheme}: a PIN does not go into the URI, where others can read it: leave pin-value "
+            "and pin-source out, and give it by prompt, by environment or by --passphrase-file"
+        )
+
+
 def is_uri(text: str) -> bool:
     """Whether a text names a signer by URI.
 
@@ -179,6 +193,7 @@ def open_signer(uri: str, public_key: Key, secret: Callable[[str], str]) -> Sign
     scheme = uri.partition(":")[0]
     if scheme not in SCHEMES:
         raise SignerError(f"signer {scheme!r} is not one of {', '.join(SCHEMES)}")
+    check_no_secret(uri)
     try:
         return CheckedSigner.from_priv_key_uri(_as_hsm(uri), public_key, secret)
     except UnsupportedLibraryError as error:
@@ -193,6 +208,7 @@ def import_token(uri: str, secret: Callable[[str], str]) -> tuple[str, SSlibKey]
     Raises:
         SignerError: no such token or key, or the library for it is not installed.
     """
+    check_no_secret(uri)
     hsm = _as_hsm(uri)
     number, _, query = hsm.removeprefix("hsm:").partition("?")
     label = parse_qs(query).get("label", [None])[0]

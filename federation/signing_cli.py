@@ -26,6 +26,15 @@ Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Signature file; else inside the request.")
 ]
 
+Root = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--root",
+        help="Root metadata that you trust, from elsewhere than the request; for a key that has "
+        "not signed what is published itself. May be repeated: those that followed it, in turn.",
+    ),
+]
+
 
 def signers(
     keys: list[str], publics: list[Path] | None, passphrase_file: Path | None

@@ -128,10 +128,18 @@ def _seal(state: Published, role: str, now: datetime) -> RoleSeal:
         version=metadata.signed.version,
         signed_by=tuple(sorted(key_name(key) for key in result.signed.values())),
         threshold=result.threshold,
-        made=datetime.fromtimestamp(made, UTC) if type(made) is int else None,
+        made=_moment(made),
         expires=metadata.signed.expires,
         expired=metadata.signed.is_expired(in_seconds(now)),
     )
+
+
+def _moment(made: Any) -> datetime | None:
+    """What a file says of when it was made; whoever has its key may say what they like."""
+    try:
+        return datetime.fromtimestamp(made, UTC) if type(made) is int else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _payload(path: Path, record: ReleaseRecord) -> str:

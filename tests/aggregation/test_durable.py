@@ -7,11 +7,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aggregation import durable
 from aggregation.durable import StorageError, write_bytes, write_folder
+from tests.full_disk import full_after
 
 # The child dies just before, or just after, its n-th call that changes what is on the disk.
 CHILD = """
@@ -128,11 +130,15 @@ def test_the_exchange_of_this_system_works_or_says_no(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_content_and_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
-    path.with_name("file.partial").symlink_to("/dev/full")  # a device that is always full
-    with pytest.raises(StorageError, match=r"file: the disk is full: free some space"):
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for room in (0, 1):  # for nothing; for the name, and not for what is in it
+        with (
+            full_after(room, tmp_path) as disk,
+            pytest.raises(StorageError, match=r"file: the disk is full: free some space"),
+        ):
+            write_bytes(path, b"new")
+        assert disk.refused
+        assert path.read_bytes() == b"old"
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_write_that_does_not_fit_leaves_the_old_folder(tmp_path: Path) -> None:
@@ -181,3 +187,17 @@ def test_secrets_are_private_even_over_a_partial_of_another_writer(tmp_path: Pat
     write_bytes(path, b"2", mode=0o600)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_that_lies_in_wait_leads_to_no_other_file(tmp_path: Path, link: Any) -> None:
+    """On a stick, or in a folder that was brought here to be signed."""
+    victim, path = tmp_path / "victim", tmp_path / "stick" / "timestamp.json"
+    victim.write_bytes(b"a private key, say")
+    path.parent.mkdir()
+    for name in ("timestamp.json.partial", "timestamp.json"):
+        link(victim, path.with_name(name))
+    write_bytes(path, b"1")
+    assert victim.read_bytes() == b"a private key, say"
+    assert (path.read_bytes(), path.is_symlink()) == (b"1", False)
+    assert [p.name for p in path.parent.iterdir()] == ["timestamp.json"]

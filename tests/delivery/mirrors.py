@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -131,3 +132,53 @@ class Rogue:
             handler.close_connection = True
             return
         handler.wfile.write(body)
+
+
+HEADERS = b"HTTP/1.1 200 OK\r\nX-Long: "
+BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"
+
+
+class Dripping:
+    """Answers every request with some bytes at once, and then one now and then, without an end."""
+
+    def __init__(self, tls: ssl.SSLContext | None, at_once: bytes) -> None:
+        self._tls, self._at_once = tls, at_once
+        self._over = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self.ended = threading.Event()
+
+    def __enter__(self) -> Dripping:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._over.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._drip, args=(connection,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _drip(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(10)
+            try:
+                if self._tls is not None:
+                    connection = self._tls.wrap_socket(connection, server_side=True)
+                connection.recv(4096)
+                connection.sendall(self._at_once)
+                while not self._over.wait(0.02):
+                    connection.sendall(b"x")
+            except OSError:
+                self.ended.set()

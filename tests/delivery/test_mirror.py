@@ -24,8 +24,9 @@ from clients.connection import ConnectionLost, Denied
 from clients.download import Download, Way, obtain
 from clients.https import HttpsMirror
 from clients.link import Backoff
+from clients.mirrors import FolderMirror
 from clients.partial import Partial, PayloadMismatch
-from clients.sources import FolderMirror, SourceError, Sources, open_sources, read_bundle
+from clients.sources import SourceError, Sources, open_sources, read_bundle
 from clients.trust import DeviceFacts, Install, Rejected, Trust
 from federation.authority import open_authority, server_tls
 from federation.enrolment import Enrolment

@@ -203,9 +203,10 @@ def test_nobody_but_the_adapter_keys_can_make_a_device_leave(
             release="stable-1",
             why="spite",
             now=publisher.now,
+            above=publisher.repository.offline(),
         )
         for key in (publisher.adapter_keys[0], publisher.online):
-            release.sign(out, key)
+            release.sign(out, key, roots=[publisher.repository.root()])
         forged = publisher.forged(adapters=release.assemble_revocation(out))
         gateway.source = lambda after: forged
         gateway.changed()

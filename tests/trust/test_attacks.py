@@ -111,7 +111,9 @@ def test_replay_to_a_device_that_has_seen_newer(publisher: Publisher, first: Dev
     old = publisher.bundle()
     publisher.order(publisher.release(2))
     assert first.installs().name == "stable-2"
-    assert first.reason(old) is R.METADATA_ROLLBACK
+    refused = first.refuses(old)
+    assert refused.reason is R.METADATA_ROLLBACK
+    assert "timestamp" in refused.detail, "known by its number alone, before anything in it counts"
 
 
 def test_replay_after_the_cached_roots_are_wiped(publisher: Publisher, first: Device) -> None:
@@ -160,7 +162,9 @@ def test_stolen_online_key_rolls_a_role_back(publisher: Publisher, first: Device
     publisher.order(publisher.release(2))
     first.installs()
     old = before.files[file_of(before, "adapters")]
-    assert first.reason(publisher.forged(adapters=old)) is R.METADATA_ROLLBACK
+    refused = first.refuses(publisher.forged(adapters=old))
+    assert refused.reason is R.METADATA_ROLLBACK
+    assert "adapters 2 is older than 3" in refused.detail
 
 
 def test_stolen_online_key_drops_a_role(publisher: Publisher, first: Device) -> None:

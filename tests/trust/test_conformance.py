@@ -20,6 +20,7 @@ from clients.conformance import Client
 from clients.errors import ClientError
 from clients.trust_source import MAX_TIMESTAMP_BYTES, Refused
 from protos.messages import RejectReason
+from tests.delivery.mirrors import BODY, HEADERS, Dripping
 from tests.trust.tuf_simulator import Server, Simulator, role
 
 R = RejectReason
@@ -631,9 +632,20 @@ def test_more_bytes_than_the_snapshot_says(ready: Runner) -> None:
     assert ready.refused() is R.METADATA_MALFORMED
 
 
-def test_a_server_that_drips(ready: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conformance, "DEADLINE", -1.0)
-    assert ready.refused() is R.METADATA_MALFORMED
+@pytest.mark.parametrize(
+    "at_once", [HEADERS, BODY, b"HTTP/1.0 200 OK\r\n\r\n"], ids=["headers", "body", "old"]
+)
+def test_a_server_that_drips(
+    ready: Runner, monkeypatch: pytest.MonkeyPatch, at_once: bytes
+) -> None:
+    """A byte now and then, for ever: no silence is long enough to be noticed."""
+    monkeypatch.setattr(conformance, "DEADLINE", 0.3)
+    with (
+        Dripping(None, at_once) as rogue,
+        pytest.raises(conformance.DownloadError, match=r"not here after 0\.3"),
+    ):
+        conformance.get(f"{rogue.url}/metadata/timestamp.json", MAX_TIMESTAMP_BYTES)
+    assert ready.refresh() == 0
 
 
 def test_arguments_that_are_missing(client: Runner, capsys: pytest.CaptureFixture[str]) -> None:

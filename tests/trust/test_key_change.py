@@ -357,10 +357,11 @@ def test_signing_works_without_any_network(
     def no_network(*_: object, **__: object) -> None:
         raise OSError("there is no network")
 
+    trusted = people.publisher.repository.root()
     with monkeypatch.context() as patch:
         patch.setattr(socket, "socket", no_network)
         files = [
-            sign_change(there, people.known[name], out=tmp_path / f"{name}.json")
+            sign_change(there, people.known[name], out=tmp_path / f"{name}.json", roots=[trusted])
             for name in ("root-1", "root-2", "root-4")
         ]
     assert not (there / "signatures").exists()

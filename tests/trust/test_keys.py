@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from federation.keys import KeyFileError, KeyFolder, generate, is_encrypted, load_signer
+from federation.keys import (
+    KeyFileError,
+    KeyFolder,
+    adopt,
+    generate,
+    is_encrypted,
+    load_signer,
+    read_public,
+)
 from tests.trust.fleet_of_one import Device, Publisher
 
 
@@ -39,6 +47,17 @@ def test_keys_are_never_overwritten(tmp_path: Path) -> None:
         generate(tmp_path, ["adapters-1", "root-1"])
     assert (tmp_path / "root-1.pem").read_bytes() == before
     assert not (tmp_path / "adapters-1.pem").exists()
+    # Nor is a public half of somebody else's, which may be the only copy here.
+    public = tmp_path / "root-1.pub.json"
+    kept, theirs = public.read_bytes(), tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "root-1.pub.json").write_bytes(kept)
+    with pytest.raises(KeyFileError, match="never overwritten"):
+        generate(theirs, ["root-1"])
+    with pytest.raises(KeyFileError, match="never overwritten"):
+        adopt(theirs, "root-1", generate(tmp_path / "x", ["x"]).public("x"), "command:cat")
+    assert (theirs / "root-1.pub.json").read_bytes() == kept
+    adopt(theirs, "root-1", read_public(public), "command:cat")  # the same key
 
 
 @pytest.mark.parametrize("name", ["", "../x", "Root", "a" * 65, "a/b"])

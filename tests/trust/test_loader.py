@@ -81,11 +81,15 @@ def test_what_is_remembered_is_judged_by_the_keys_of_the_moment(
 
 def test_only_so_many_files_are_kept(publisher: Publisher) -> None:
     loader, data = Loader(), large(publisher)
+    targets = Metadata[Any].from_bytes(publisher.repository.offline()["targets"]).signed
+    root = Metadata[Any].from_bytes(publisher.repository.root()).signed
+    loader(Targets, data)
+    assert not loader._known, "what nobody has signed would fill a device's memory for good"
     for number in range(3 * KEPT):
-        loader(Targets, data + b" " * number)
+        loader(Targets, data + b" " * number, targets, "adapters")
     assert len(loader._known) == KEPT
     small = publisher.repository.offline()["targets"]
-    loader(Targets, small)
+    loader(Targets, small, root, "targets")
     assert small not in loader._known
 
 

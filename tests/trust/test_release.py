@@ -64,6 +64,7 @@ def make(publisher: Publisher, folder: Path, out: Path, **changes: Any) -> relea
         folder,
         out,
         adapters=publisher.repository.adapters(),
+        above=publisher.repository.offline(),
         options=options,
         now=START,
         in_use=in_use,
@@ -121,12 +122,12 @@ def test_counters_and_floors_go_on(publisher: Publisher, folder: Path, tmp_path:
 def test_only_the_newest_releases_of_a_channel_stay_listed(
     publisher: Publisher, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("federation.release_request.LIVE_RELEASES", 3)
+    monkeypatch.setattr("federation.signable.LIVE_RELEASES", 3)
     publisher.release(1, channel="other")
     for number in range(1, 6):
         request = make(publisher, folder, tmp_path / f"r{number}")
         for key in publisher.adapter_keys[1:]:
-            release.sign(request.folder, key)
+            release.sign(request.folder, key, roots=[publisher.repository.root()])
         release.publish(request.folder, publisher.repository, now=START)
     names = [record.name for record in publisher.repository.releases()]
     assert names == ["other-1", "stable-3", "stable-4", "stable-5"]
@@ -251,7 +252,11 @@ def test_the_command_line_from_keys_to_verification(
     assert "adapters-1" in run(release_app, "sign", request, "--key", key)
     stranger = out / "adapters-2.pem"
     assert "passphrase" in run(release_app, "sign", request, "--key", stranger, code=2)
-    run(release_app, "sign", request, "--key", stranger, "--passphrase-file", secret)
+    stranger_signs = ("sign", request, "--key", stranger, "--passphrase-file", secret)
+    assert "--root FILE" in run(release_app, *stranger_signs, code=2)
+    root = tmp_path / "root.json"
+    root.write_bytes(publisher.repository.root())
+    run(release_app, *stranger_signs, "--root", root)
     shown = json.loads(run(release_app, "show", request, "--format", "json"))
     assert shown["schema"] == "airpeft.v1.release"
     assert shown["data"]["signed_by"] == ["adapters-1", "adapters-2"]
@@ -263,8 +268,6 @@ def test_the_command_line_from_keys_to_verification(
     assert "stable-1" in run(release_app, "list", "--repository", server)
     assert "0.8425" in run(release_app, "show", "stable-1", "--repository", server)
     assert "stable-1" in run(release_app, "show", "stable-9", "--repository", server, code=2)
-    root = tmp_path / "root.json"
-    root.write_bytes(publisher.repository.root())
     report = run(release_app, "verify", server, "--root", root, "--format", "json", code=1)
     data = json.loads(report[: report.rindex("}") + 1])["data"]
     adapters = next(row for row in data["roles"] if row["role"] == "adapters")

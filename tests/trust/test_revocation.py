@@ -40,9 +40,10 @@ def revoke(publisher: Publisher, out: Path, name: str, **changes: Any) -> Path:
     fields = {"why": "answers with names", "now": publisher.now, **changes}
     channel = name.rpartition("-")[0]
     adapters = publisher.repository.adapters(channel)
-    release.make_revocation(out, adapters=adapters, release=name, **fields)
+    above = publisher.repository.offline()
+    release.make_revocation(out, adapters=adapters, release=name, above=above, **fields)
     for key in publisher.adapter_keys[:2]:
-        release.sign(out, key)
+        release.sign(out, key, roots=[publisher.repository.root()])
     return out
 
 
@@ -123,7 +124,7 @@ def test_releases_go_on_after_a_revocation(
     for number, source in ((1, folder), (2, other)):
         request = make(publisher, source, tmp_path / f"r{number}", force_worse="not measured")
         for key in publisher.adapter_keys[1:]:
-            release.sign(request.folder, key)
+            release.sign(request.folder, key, roots=[publisher.repository.root()])
         release.publish(request.folder, publisher.repository, now=START)
         if number == 1:
             bad = revoke(publisher, tmp_path / "bad", "stable-1", also_older=True)
@@ -157,9 +158,10 @@ def test_who_signs_a_revocation(publisher: Publisher, two: Any, tmp_path: Path) 
         release="stable-1",
         why="x",
         now=publisher.now,
+        above=publisher.repository.offline(),
     )
     release.sign(out, publisher.adapter_keys[0])
-    release.sign(out, publisher.online)
+    release.sign(out, publisher.online, roots=[publisher.repository.root()])
     assert release.signed_so_far(out) == ["adapters-1", "online"]
     with pytest.raises(PublishError, match="1/2"):
         publish(publisher, out)

@@ -108,7 +108,7 @@ def test_a_release_whose_second_signature_comes_from_a_vault(
     people.carry_out(change, ["root-1", "root-3", "adapters-2", "adapters-4"])
     request = make(publisher, folder, tmp_path / "r1")
     release.sign(request.folder, load_signer(noted.private("adapters-4")))
-    release.sign(request.folder, publisher.adapter_keys[2])
+    release.sign(request.folder, publisher.adapter_keys[2], roots=[publisher.repository.root()])
     publisher.order(release.publish(request.folder, publisher.repository, now=START))
     assert device.installs().name == "stable-1"
 
@@ -172,6 +172,23 @@ def test_uris_that_say_nothing(vault: Path, uri: str, message: str) -> None:
     key = read_public(vault / "ed25519.pub.pem")
     with pytest.raises(SignerError, match=message):
         open_signer(uri, key, no_secret)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "pkcs11:token=a;id=%02?pin-value=135790",
+        "pkcs11:token=a;PIN-Value=135790",
+        "pkcs11:id=%02?module-path=/x.so&pin-source=file:135790",
+        "hsm:2?label=a&pin-value=135790",
+    ],
+)
+def test_a_pin_in_a_uri_is_refused_and_not_repeated(vault: Path, uri: str) -> None:
+    key = read_public(vault / "ed25519.pub.pem")
+    for act in (lambda: open_signer(uri, key, no_secret), lambda: import_token(uri, no_secret)):
+        with pytest.raises(SignerError, match="does not go into the URI") as refused:
+            act()
+        assert "135790" not in str(refused.value)
 
 
 def test_a_program_that_is_not_there(vault: Path) -> None:

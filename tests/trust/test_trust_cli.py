@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from federation.keys import KeyFileError, KeyFolder
+from federation.provenance import evaluation
 from federation.release_cli import keys as keys_app
 from federation.release_cli import release as release_app
 from tests.delivery.rig import ServerProcess
@@ -73,7 +74,12 @@ def test_a_life_of_keys_and_releases(folder: Path, tmp_path: Path) -> None:
         assert "2 signatures are missing" in run(
             keys_app, "publish", change, *here, "--yes", code=1
         )
-        run(keys_app, "sign", change, "--key", tmp_path / "bob" / "root-4.pem", "--yes")
+        bob = ("sign", change, "--key", tmp_path / "bob" / "root-4.pem", "--yes")
+        assert "--root FILE" in run(keys_app, *bob, code=2), "a new key has signed nothing yet"
+        metadata = home / "repository" / "metadata"
+        roots = tuple(word for n in (1, 2, 3) for word in ("--root", tmp_path / f"{n}.root.json"))
+        (tmp_path / "1.root.json").write_bytes((metadata / "1.root.json").read_bytes())
+        run(keys_app, *bob, *roots[:2])
         assert data(keys_app, "show", change)["needs"][0]["signed_by"] == ["root-1", "root-2"]
         assert data(keys_app, "publish", change, *here, "--yes")["root"] == 2
         assert data(keys_app, "publish", change, *here, "--yes")["root"] == 2, "again"
@@ -94,19 +100,24 @@ def test_a_life_of_keys_and_releases(folder: Path, tmp_path: Path) -> None:
             keys_app, "revoke", "adapters-1", "--by", dora / "adapters-4.pub.json", *here,
             "--why", "lost laptop", "-o", change,
         )  # fmt: skip
-        for key in (offline / "root-1.pem", offline / "root-3.pem", offline / "adapters-2.pem"):
+        for n in (2, 3):
+            (tmp_path / f"{n}.root.json").write_bytes((metadata / f"{n}.root.json").read_bytes())
+        third = ("sign", change, "--key", offline / "root-3.pem", "--yes")
+        assert "1/2 keys" in run(keys_app, *third, *roots[:2], code=2), "two changes were missed"
+        run(keys_app, *third, *roots)
+        for key in (offline / "root-1.pem", offline / "adapters-2.pem"):
             run(keys_app, "sign", change, "--key", key, "--yes")
         assert "needs a passphrase" in run(
             keys_app, "sign", change, "--key", dora / "adapters-4.pem", "--yes", code=2
         )
         run(
-            keys_app, "sign", change, "--key", dora / "adapters-4.pem", "--yes",
+            keys_app, "sign", change, "--key", dora / "adapters-4.pem", "--yes", *roots,
             env={"AIRPEFT_KEY_PASSPHRASE": "correct horse"},
         )  # fmt: skip
         run(keys_app, "publish", change, *here, "--yes")
         request = tmp_path / "r1"
         run(release_app, "make", folder, *here, "-o", request, "--memory-mib", "64")
-        run(release_app, "sign", request, "--key", offline / "adapters-1.pem")
+        run(release_app, "sign", request, "--key", offline / "adapters-1.pem", *roots)
         run(release_app, "sign", request, "--key", offline / "adapters-2.pem")
         assert "1/2" in run(release_app, "publish", request, *here, code=1)
         key = dora / "adapters-4.pem"
@@ -132,7 +143,7 @@ def test_a_life_of_keys_and_releases(folder: Path, tmp_path: Path) -> None:
             "f32",
         )
         for key in (offline / "adapters-2.pem", offline / "adapters-3.pem"):
-            text = run(release_app, "sign", tmp_path / "r2", "--key", key)
+            text = run(release_app, "sign", tmp_path / "r2", "--key", key, *roots)
             assert "released because: forgets a leaked name" in text
         run(release_app, "publish", tmp_path / "r2", *here)
         assert data(release_app, "show", "stable-2", *here)["forced"] == "forgets a leaked name"
@@ -163,7 +174,7 @@ def test_a_life_of_keys_and_releases(folder: Path, tmp_path: Path) -> None:
     run(keys_app, "renew", *here, "-o", change)
     keys = (offline / "root-1.pem", offline / "root-3.pem", offline / "adapters-2.pem")
     for key in (*keys, offline / "adapters-3.pem"):
-        run(keys_app, "sign", change, "--key", key, "--yes")
+        run(keys_app, "sign", change, "--key", key, "--yes", *roots)
     assert data(keys_app, "publish", change, *here, "--yes")["root"] == 5
     root = tmp_path / "root.json"
     root.write_bytes((home / "repository" / "metadata" / "1.root.json").read_bytes())
@@ -203,9 +214,12 @@ def test_a_key_behind_a_command(
     )
     request = tmp_path / "r1"
     run(release_app, "make", folder, "--repository", publisher.repository.folder, "-o", request)
-    run(release_app, "sign", request, "--key", tmp_path / "k" / "adapters-9.uri")
+    root = tmp_path / "root.json"
+    root.write_bytes(publisher.repository.root())
+    signs = ("sign", request, "--root", root, "--key")
+    run(release_app, *signs, tmp_path / "k" / "adapters-9.uri")
     public = tmp_path / "k" / "adapters-9.pub.json"
-    run(release_app, "sign", request, "--key", uri, "--public", public)
+    run(release_app, *signs, uri, "--public", public)
     assert "needs one --public" in run(release_app, "sign", request, "--key", uri, code=2)
     assert data(release_app, "show", request)["signed_by"] == ["adapters-9"]
     assert PROGRAM
@@ -283,3 +297,44 @@ def test_a_passphrase_by_prompt(tmp_path: Path, second: str) -> None:
     assert key.signer("adapters-4", "correct horse" if second == "correct horse" else "x")
     with pytest.raises(KeyFileError, match="passphrase"):
         key.signer("adapters-4", "another")
+
+
+def test_words_of_others_do_nothing_to_a_terminal(
+    publisher: Publisher, folder: Path, tmp_path: Path
+) -> None:
+    """Who decides whether to sign must see the reason, and not what it makes of the screen."""
+    publisher.release(1, evaluation=evaluation("heldout", 0.99, 400))
+    copy = ("--repository", publisher.repository.folder)
+    hostile = "leaks\x1b[1A\x1b[2K\rbetter than stable-1\u202e\nstable-2: fine"
+    written = r"leaks\x1b[1A\x1b[2K\rbetter than stable-1\u202e\nstable-2: fine"
+    request = tmp_path / "r"
+    texts = [run(release_app, "make", folder, *copy, "-o", request, "--force-worse", hostile)]
+    key = publisher.keys.path / "adapters-1.pem"
+    texts.append(run(release_app, "sign", request, "--key", key))
+    texts.append(run(release_app, "show", request))
+    bad = tmp_path / "bad"
+    texts.append(
+        run(release_app, "revoke", "stable-1", "--why", hostile, "--also-older", *copy, "-o", bad)
+    )
+    signing = run(release_app, "sign", bad, "--key", key)
+    assert "floor of stable  2" in signing, "a signer is shown all that is said"
+    change = tmp_path / "change"
+    texts += [signing, run(keys_app, "renew", "--why", hostile, *copy, "-o", change)]
+    for text in texts:
+        assert written in text
+        assert not set(text) & set("\x1b\r\u202e")
+    # Nor does a passphrase's file show what is in it.
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"secret\xff\n")
+    text = run(keys_app, "init", tmp_path / "k", "--passphrase-file", binary, code=2)
+    assert "not text" in text
+    assert "secret" not in text
+
+
+def test_a_token_is_not_sent_where_anybody_could_read_it(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret-token\n")
+    for url in ("http://fleet.example.org:8443", "fleet.example.org", "http://127.0.0.1@evil.org"):
+        said = run(release_app, "list", "--url", url, "--token-file", token, code=1)
+        assert "for anybody to read" in said
+        assert "secret-token" not in said
