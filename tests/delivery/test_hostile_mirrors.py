@@ -37,7 +37,7 @@ def within(seconds: float) -> Iterator[None]:
 def test_a_mirror_that_drips_does_not_keep_a_device(world: World, at_once: bytes) -> None:
     """Never silent, never at an end: the fleet and all other sources would not be asked again."""
     with Dripping(world.tls, at_once) as rogue, within(8):
-        bad = HttpsMirror(rogue.url, authorities=[world.authority.pem], silence=0.4, grace=0.4)
+        bad = HttpsMirror(rogue.url, authorities=[world.authority.pem], patience=0.5, grace=0.4)
         with pytest.raises(ConnectionLost):
             bad.read(TIMESTAMP, 16_384)
         assert rogue.ended.wait(5), "and it is hung up on"
