@@ -112,7 +112,7 @@ def test_an_export_writes_nothing_outside_of_its_folder(
 
 
 def test_handshakes_that_never_end_hold_no_place(world: World, stick: Path) -> None:
-    limits = {"connections": 3, "header_seconds": 0.5, "stall_seconds": 0.5}
+    limits = {"connections": 3, "header_seconds": 1.5, "stall_seconds": 1.5}
     with serving(FolderShelf(stick), world.tls, **limits) as server:
         address = ("127.0.0.1", server.port)
         silent = [socket.create_connection(address, timeout=10) for _ in range(9)]
