@@ -30,8 +30,8 @@ from federation import release
 from federation.keys import ADAPTER_NAMES, ONLINE_NAME, ROOT_NAMES, KeyFolder, generate
 from federation.published import ReleaseRecord
 from federation.release import ReleaseOptions
-from federation.release_request import LIVE_RELEASES
 from federation.repository import Repository
+from federation.signable import LIVE_RELEASES
 from protos.messages import MetadataBundle
 from protos.signed import Assignment, Evaluation, Lineage, RoundDocument
 

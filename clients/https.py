@@ -33,8 +33,8 @@ class HttpsMirror:
     Args:
         url: under which ``metadata/`` and ``targets/`` lie.
         authorities: certificates (PEM) that it may be signed by, beside the system's.
-        silence: seconds between two parts of a file after which it is given up; an answer must
-            begin within as many.
+        silence: seconds between two parts of a file after which it is given up.
+        patience: seconds within which the body of an answer must begin.
         grace: seconds before the speed of a whole file is judged.
     """
 
@@ -44,11 +44,12 @@ class HttpsMirror:
         *,
         authorities: Sequence[bytes] = (),
         silence: float = CHUNK_SILENCE,
+        patience: float = CHUNK_SILENCE,
         grace: float = GRACE,
     ) -> None:
         self._url = url.rstrip("/")
         self.name = url
-        self._silence, self._grace = silence, grace
+        self._patience, self._grace = patience, grace
         self._link: socket.socket | None = None
         context = ssl.create_default_context()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -97,7 +98,7 @@ class HttpsMirror:
         extensions = {"trace": self._connected}
         request = self._client.build_request("GET", url, headers=headers, extensions=extensions)
         try:
-            with Watchdog(self._silence, self._cut):
+            with Watchdog(self._patience, self._cut):
                 return self._client.send(request, stream=True)
         finally:
             link, self._link = self._link, None

@@ -12,7 +12,6 @@ It reads and writes no files and holds no keys; the time is an argument.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,11 +39,10 @@ from federation.circles import (
 from federation.keys import THRESHOLD, Key, key_name
 from federation.metadata_files import parse_metadata
 from federation.published import RepositoryError, read_releases, read_standing
-from federation.signable import check_delegations, check_file
+from federation.signable import ROLE, check_delegations, check_file
 from protos.signed import REVOKED_KEYS, ROUNDS_ROLE, StatementError, check_channel
 
 KEPT_REVOKED = 256  # identifiers in a root; files that name older ones have long expired
-_ROLE = re.compile(r"adapters-[a-z0-9-]{1,30}\Z", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +195,8 @@ def check_change(before: Offline, after: Offline) -> dict[str, Circle]:
     try:
         for role, metadata in after.files.items():
             check_file(role, metadata.signed)
-        check_delegations(before.targets, whole.targets)
+        for channels in check_delegations(before.targets, whole.targets).values():
+            _check_channels(channels, before)
     except StatementError as error:
         raise KeyChangeError(str(error)) from None
     for role in roles_of_releases & after.files.keys():
@@ -225,24 +224,28 @@ def _delegate(targets: Targets, change: KeyChange, before: Offline) -> None:
     known = dict(targets.delegations.roles or {})
     fresh = {}
     for role, channels in change.delegate.items():
-        if role in known or not _ROLE.match(role):
+        if role in known or not ROLE.match(role):
             raise KeyChangeError(
                 f"role {role!r} must be new, and adapters-NAME in lower-case letters and digits, "
                 "such as adapters-acme"
             )
         if not channels or role not in change.add:
             raise KeyChangeError(f"{role} needs channels and keys")
-        for channel in channels:
-            check_channel(channel.removesuffix("*").rstrip("-") or "x")
-            taken = [r for r in before.circles() if _listed(before, r, channel)]
-            if taken:
-                raise KeyChangeError(
-                    f"channel {channel} has releases that {taken[0]} has signed: choose another"
-                )
+        _check_channels(channels, before)
         paths = [f"adapters/{channel}/*" for channel in channels]
         fresh[role] = DelegatedRole(role, [], THRESHOLD, terminating=True, paths=paths)
     # Before the role that may speak for every channel.
     targets.delegations.roles = {**fresh, **known}
+
+
+def _check_channels(channels: Iterable[str], before: Offline) -> None:
+    for channel in channels:
+        check_channel(channel.removesuffix("*").rstrip("-") or "x")
+        taken = [r for r in before.circles() if _listed(before, r, channel)]
+        if taken:
+            raise KeyChangeError(
+                f"channel {channel} has releases that {taken[0]} has signed: choose another"
+            )
 
 
 def _listed(before: Offline, role: str, channel: str) -> bool:

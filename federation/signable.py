@@ -7,6 +7,7 @@ years, a delegation to a key of somebody's, a channel whose last number has been
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -21,6 +22,8 @@ LIVE_RELEASES = 24
 """Releases of a channel that stay listed; older ones leave the metadata, which keeps it small."""
 MAX_AHEAD = 86_400  # seconds that a maker's clock may be ahead of the repository's
 MAX_STEP = 1_000  # counters that one release may leave out
+ROLE = re.compile(r"adapters-[a-z0-9-]{1,30}\Z", re.ASCII)
+_CHANNELS = re.compile(r"adapters/[a-z0-9-]{0,32}\*?/\*\Z", re.ASCII)
 _FIELDS: Mapping[str, frozenset[str]] = {
     "root": frozenset({SIGNED_UNIX, REVOKED_KEYS}),
     "targets": frozenset({SIGNED_UNIX}),
@@ -120,11 +123,14 @@ def check_floors(before: Standing, after: Standing, records: Sequence[ReleaseRec
             )
 
 
-def check_delegations(before: Targets, after: Targets) -> None:
+def check_delegations(before: Targets, after: Targets) -> dict[str, list[str]]:
     """Refuse a targets file in which a role may speak for other targets than before, or in turn.
 
+    Returns:
+        The roles that are new, each with its channels.
+
     Raises:
-        StatementError: one may; new roles of releases are judged elsewhere.
+        StatementError: one may, or a new one is not a role for releases of certain channels.
     """
     if before.delegations is None or after.delegations is None:
         raise StatementError("targets.json delegates nothing")
@@ -140,5 +146,6 @@ def check_delegations(before: Targets, after: Targets) -> None:
         known = (role.terminating, role.path_hash_prefixes, role.unrecognized_fields)
         if known != (True, None, {}) or role.paths != paths or not role.paths:
             raise StatementError(f"targets.json lets {name} speak for other targets than before")
-        if was is None and not all(path.startswith("adapters/") for path in role.paths):
-            raise StatementError(f"targets.json lets {name} speak for what is no release")
+        if was is None and not (ROLE.match(name) and all(map(_CHANNELS.match, role.paths))):
+            raise StatementError(f"targets.json lets {name[:60]!r} speak for what is no channel")
+    return {name: [path.split("/")[1] for path in new[name].paths or ()] for name in fresh}

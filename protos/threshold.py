@@ -50,7 +50,10 @@ def _material(key: Any) -> bytes:
     True
     """
     public = str(key.keyval.get("public", ""))
-    if "-----BEGIN" in public:
-        form = PublicFormat.SubjectPublicKeyInfo
-        return load_pem_public_key(public.encode()).public_bytes(Encoding.DER, form)
-    return bytes.fromhex(public)
+    try:
+        if "-----BEGIN" in public:
+            form = PublicFormat.SubjectPublicKeyInfo
+            return load_pem_public_key(public.encode()).public_bytes(Encoding.DER, form)
+        return bytes.fromhex(public) or repr(key.keyval).encode()
+    except ValueError:  # of a kind that is written in another way
+        return repr(key.keyval).encode()

@@ -37,7 +37,7 @@ def within(seconds: float) -> Iterator[None]:
 def test_a_mirror_that_drips_does_not_keep_a_device(world: World, at_once: bytes) -> None:
     """Never silent, never at an end: the fleet and all other sources would not be asked again."""
     with Dripping(world.tls, at_once) as rogue, within(8):
-        bad = HttpsMirror(rogue.url, authorities=[world.authority.pem], silence=0.4, grace=0.4)
+        bad = HttpsMirror(rogue.url, authorities=[world.authority.pem], patience=0.5, grace=0.4)
         with pytest.raises(ConnectionLost):
             bad.read(TIMESTAMP, 16_384)
         assert rogue.ended.wait(5), "and it is hung up on"
@@ -112,7 +112,7 @@ def test_an_export_writes_nothing_outside_of_its_folder(
 
 
 def test_handshakes_that_never_end_hold_no_place(world: World, stick: Path) -> None:
-    limits = {"connections": 3, "header_seconds": 0.5, "stall_seconds": 0.5}
+    limits = {"connections": 3, "header_seconds": 1.5, "stall_seconds": 1.5}
     with serving(FolderShelf(stick), world.tls, **limits) as server:
         address = ("127.0.0.1", server.port)
         silent = [socket.create_connection(address, timeout=10) for _ in range(9)]

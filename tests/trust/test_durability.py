@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from clients.mirrors import FolderMirror
+from clients.sources import read_bundle
 from clients.trust import Install, Rejected, Trust
 from clients.trust_state import TrustState, read_state
+from federation.mirror import export_mirror
 from federation.repository import Repository, RepositoryError
+from federation.verification import verify_repository
 from protos.messages import MetadataBundle, RejectReason
 from protos.signed import Assignment, RoundDocument
 from tests.trust.fleet_of_one import Device, Publisher, payload_of, statement
@@ -194,3 +199,24 @@ def test_an_enrolled_root(publisher: Publisher, tmp_path: Path) -> None:
             device=Device(folder / "other", publisher).facts,
             now=publisher.now,
         ), where
+
+
+def test_bringing_a_mirror_up_to_date(publisher: Publisher, served: Path, tmp_path: Path) -> None:
+    """Cut at any moment, a stick says what it said before or what is new, and has all of it."""
+    old = tmp_path / "stick"
+    export_mirror(served, old)
+    publisher.order(publisher.release(2))
+    seen = set()
+    for where, folder in every_step(
+        copies(old, tmp_path / "cuts"),
+        lambda folder: lambda: export_mirror(publisher.repository.folder, folder),
+    ):
+        bundle = read_bundle(FolderMirror(folder), 0)
+        release = Device(folder / "device", publisher).installs(bundle)
+        data = (folder / release.path).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == release.sha256, where
+        seen.add(release.name)
+        export_mirror(publisher.repository.folder, folder)
+        again = verify_repository(folder, publisher.repository.root(), now=publisher.now)
+        assert (again.sound, len(again.releases)) == (True, 2), where
+    assert seen == {"stable-1", "stable-2"}

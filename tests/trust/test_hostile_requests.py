@@ -20,7 +20,7 @@ from tuf.api.metadata import Metadata, Signature
 from federation import release, roles
 from federation.anchor import AnchorError
 from federation.circles import KeyChangeError
-from federation.key_change import KeyChange
+from federation.key_change import KeyChange, Offline, check_change
 from federation.key_request import make_change, read_change, sign_change
 from federation.keys import KeyFileError, generate, read_public
 from federation.metadata_files import verify
@@ -238,6 +238,40 @@ def test_a_change_of_keys_that_hides_another(
     edit(request / "after" / f"{role}.json", change)
     with pytest.raises(KeyChangeError, match=message):
         sign_change(request, people.known["root-1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [
+        ("../../authority/ca", "adapters/acme/*", "no channel"),
+        ("adapters-acme", "rounds/*", "no channel"),
+        ("adapters-acme", "adapters/*/1.airpeft", "no channel"),
+        ("adapters-acme", "adapters/*/*", "has releases that adapters has signed"),
+        ("adapters-acme", "adapters/stable/*", "has releases that adapters has signed"),
+    ],
+)
+def test_a_new_role_that_is_more_than_a_tenants(
+    publisher: Publisher, people: Ceremony, name: str, path: str, message: str
+) -> None:
+    """Its name becomes the name of a file; what it speaks for is asked before all others."""
+    publisher.release(1)
+    (key,) = people.make("acme-1")
+    change = KeyChange(
+        delegate={"adapters-acme": ("acme",)},
+        add={"adapters-acme": (key.public_key,)},
+        thresholds={"adapters-acme": 1},
+    )
+    request = people.request(change)
+
+    def rename(signed: dict[str, Any]) -> None:
+        signed["delegations"]["roles"][0] |= {"name": name, "paths": [path]}
+
+    edit(request / "after" / "targets.json", rename)
+    files = {path.stem: path.read_bytes() for path in (request / "after").glob("*.json")}
+    files[name] = files.pop("adapters-acme")
+    before = Offline.parse(publisher.repository.offline())
+    with pytest.raises(KeyChangeError, match=message):
+        check_change(before, Offline.parse(files))
 
 
 # Releases
