@@ -18,7 +18,8 @@ node_config         means
 ``process``         ``resident`` if this process lives as long as the run, in simulations
 ``identity``        home of the enrolled device, whose key signs in a secure sum
 ``roster``          the cohort's public keys, for a secure sum; see privacy.secure_roster
-``roster-digest``   ``sha256:...`` of that file, from somebody whom the device trusts
+``roster-digest``   ``sha256:...`` of that file, from somebody whom the device trusts; with it, no
+                    update is sent but into a secure sum
 ``least-noise``     the least noise of the clients on a sum, over the clip, to take part; else any
 ==================  ==================================================================
 
@@ -51,6 +52,7 @@ from clients.node import (
     finder_of,
     identity_of,
     insist,
+    insist_on_sum,
     memory_of,
     resident,
     trainer_of,
@@ -161,6 +163,7 @@ def _evaluate(message: Message, context: Context) -> Message:
 
 def _sketch(message: Message, context: Context) -> Message:
     node, task = context.node_config, flower.sketch_task_from(message.content)
+    insist_on_sum(node, task.secure)
     client, folder = client_of(node), memory_of(node, task.data_folder)
     # It takes what the client remembers and no model, so no trainer is asked.
     found = second_sketch(ClientMemory(folder, task.run, client), task.round, task.basis)
