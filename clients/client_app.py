@@ -60,7 +60,7 @@ from clients.node import (
 from clients.outgoing import second_sketch
 from clients.secure_desk import SecureRequest
 from clients.training import ClientJob, Owner, PlanError, TrainingPlan
-from privacy.budget import BudgetError, LocalPrivacy
+from privacy.budget import BudgetError, BudgetExceeded, LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.secure_session import SecureSumError
 from protos import flower
@@ -256,6 +256,7 @@ def _fault(error: Exception) -> ClientFault:
         return error.fault
     kinds: tuple[tuple[type[Exception] | tuple[type[Exception], ...], ClientFault], ...] = (
         ((MissingStart, MissingTensors), ClientFault.MISSING_TENSORS),
+        (BudgetExceeded, ClientFault.BUDGET_EXCEEDED),
         ((WireError, PlanError, BudgetError, RecipeError), ClientFault.BAD_TASK),
         (DataError, ClientFault.BAD_DATA),
         ((BaseMismatch, BaseNotFound, BaseUnsupported), ClientFault.WRONG_BASE),
