@@ -18,7 +18,8 @@ node_config         means
 ``process``         ``resident`` if this process lives as long as the run, in simulations
 ``identity``        home of the enrolled device, whose key signs in a secure sum
 ``roster``          the cohort's public keys, for a secure sum; see privacy.secure_roster
-``roster-digest``   ``sha256:...`` of that file, from somebody whom the device trusts
+``roster-digest``   ``sha256:...`` of that file, from somebody whom the device trusts; with it, no
+                    update is sent but into a secure sum
 ``least-noise``     the least noise of the clients on a sum, over the clip, to take part; else any
 ==================  ==================================================================
 
@@ -51,6 +52,7 @@ from clients.node import (
     finder_of,
     identity_of,
     insist,
+    insist_on_sum,
     memory_of,
     resident,
     trainer_of,
@@ -58,7 +60,7 @@ from clients.node import (
 from clients.outgoing import second_sketch
 from clients.secure_desk import SecureRequest
 from clients.training import ClientJob, Owner, PlanError, TrainingPlan
-from privacy.budget import BudgetError, LocalPrivacy
+from privacy.budget import BudgetError, BudgetExceeded, LocalPrivacy
 from privacy.errors import PrivacyError
 from privacy.secure_session import SecureSumError
 from protos import flower
@@ -161,6 +163,7 @@ def _evaluate(message: Message, context: Context) -> Message:
 
 def _sketch(message: Message, context: Context) -> Message:
     node, task = context.node_config, flower.sketch_task_from(message.content)
+    insist_on_sum(node, task.secure)
     client, folder = client_of(node), memory_of(node, task.data_folder)
     # It takes what the client remembers and no model, so no trainer is asked.
     found = second_sketch(ClientMemory(folder, task.run, client), task.round, task.basis)
@@ -253,6 +256,7 @@ def _fault(error: Exception) -> ClientFault:
         return error.fault
     kinds: tuple[tuple[type[Exception] | tuple[type[Exception], ...], ClientFault], ...] = (
         ((MissingStart, MissingTensors), ClientFault.MISSING_TENSORS),
+        (BudgetExceeded, ClientFault.BUDGET_EXCEEDED),
         ((WireError, PlanError, BudgetError, RecipeError), ClientFault.BAD_TASK),
         (DataError, ClientFault.BAD_DATA),
         ((BaseMismatch, BaseNotFound, BaseUnsupported), ClientFault.WRONG_BASE),

@@ -152,16 +152,38 @@ def identity_of(node: Mapping[str, Any], data_folder: str, seed: int) -> SecureI
     return of_node(node, client_of(node), simulated, seed)
 
 
+def insist_on_sum(node: Mapping[str, Any], secure: bool) -> None:
+    """Refuse to send in the clear what the device's owner wants to be summed.
+
+    Args:
+        node: see :func:`insist`.
+        secure: whether what is asked for enters a secure sum.
+
+    Raises:
+        SecureSumError: if it does not, and the node has pinned a cohort for that.
+    """
+    if node.get("roster-digest") and not secure:
+        raise SecureSumError(
+            "the task asks for an update in the clear, and this device has pinned a roster for "
+            "secure sums: run it with private = 'secure-sum', or take roster-digest out of the "
+            "node_config"
+        )
+
+
 def insist(node: Mapping[str, Any], secure: Mapping[str, Any]) -> None:
     """Refuse a task that hides this client's update less than the device's owner wants it hidden.
 
+    A server could else ask for an update in the clear, and every mask would be for nothing.
+
     Args:
-        node: ``least-noise``: of the clients' own noise on the sum, over the clip; none for any.
+        node: ``roster-digest``: whoever has pinned a cohort takes part in secure sums only;
+            ``least-noise``: of the clients' own noise on the sum, over the clip; none for any.
         secure: the ring of the round's secure sum, as the task has it; empty without one.
 
     Raises:
-        SecureSumError: if the sum would have less noise than that, or there is none.
+        SecureSumError: if there is no sum, or it would have less noise than that.
     """
+    insist_on_sum(node, bool(secure))
     if "least-noise" not in node:
         return
     least, noise = float(node["least-noise"]), Ring.from_mapping(secure).noise if secure else 0.0

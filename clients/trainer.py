@@ -86,6 +86,7 @@ class Trainer(Protocol):
         Raises:
             DataError: if the data cannot be used.
             BaseMismatch: if the adapter belongs to another base.
+            BudgetExceeded: if the owner's own ledger limits it: exact numbers have no bound.
         """
         ...
 
@@ -166,11 +167,7 @@ class ResidentTrainer:
         beside: Sequence[Adapter] = (),
         owner: Owner | None = None,
     ) -> Evaluation:
-        """Measure an adapter; see :class:`Trainer`.
-
-        Raises:
-            BudgetExceeded: if the owner's own ledger limits it: exact numbers have no bound.
-        """
+        """Measure an adapter; see :class:`Trainer`."""
         if owner is not None:
             refuse_unbounded(owner.client, self._ledger, "measuring on its own rows")
         owner = owner or Owner(client="", run="", round=0)

@@ -81,7 +81,7 @@ class TrainerClient:
         """Measure an adapter there; arguments as in ``Trainer``.
 
         Raises:
-            DataError, BaseMismatch: as in ``Trainer``.
+            DataError, BaseMismatch, BudgetExceeded: as in ``Trainer``.
             TrainerError: if the process cannot be reached or ended meanwhile.
         """
         from clients import trainer_headers as headers
@@ -129,6 +129,7 @@ class TrainerClient:
         from clients import trainer_wire as wire
         from clients.base import BaseMismatch
         from clients.data import DataError
+        from privacy.budget import BudgetExceeded
         from privacy.secure_session import SecureSumError
 
         try:
@@ -145,6 +146,7 @@ class TrainerClient:
             kinds: dict[str, type[Exception]] = {
                 "DataError": DataError,
                 "BaseMismatch": BaseMismatch,
+                "BudgetExceeded": BudgetExceeded,
             }
             kinds |= dict.fromkeys(_SECURE_SUM_ERRORS, SecureSumError)
             kind = kinds.get(answer.header["kind"], wire.TrainerError)

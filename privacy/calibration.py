@@ -41,6 +41,11 @@ PLD_GRID = 1e-3
 MAX_NOISE = 1000.0
 # Beyond these the accountants' floating point gives up; what is outside counts as what is worse.
 LEAST_NOISE, MOST_NOISE, LEAST_RATE = 1e-4, 1e6, 1e-9
+# Privacy loss distributions grow with epsilon until they fill the memory, and there nobody needs
+# them: pld gives the bound of rdp beyond these, which is never below it.
+MOST_BY_RDP = 2000.0
+MOST_STEPS_BY_PLD = 10**6
+LEAST_DELTA_BY_PLD = 1e-11  # below it, the tails that are cut off count as lost
 _DIGITS = 4
 
 # dp-accounting tells of every order that it drops; a dropped order only makes the bound looser.
@@ -93,6 +98,11 @@ def epsilon(
 def _compose(
     steps: tuple[tuple[tuple[float, float], int], ...], delta: float, accountant: Accountant
 ) -> float:
+    if accountant is Accountant.PLD:
+        bound = _compose(steps, delta, Accountant.RDP)
+        many = sum(count for _, count in steps) > MOST_STEPS_BY_PLD or delta < LEAST_DELTA_BY_PLD
+        if many or bound > MOST_BY_RDP:
+            return bound
     machine = (
         rdp.RdpAccountant(ORDERS)
         if accountant is Accountant.RDP

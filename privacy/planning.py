@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from privacy.budget import Accountant, BudgetError, Unit
+from privacy.calibration import LEAST_DELTA_BY_PLD, MOST_STEPS_BY_PLD
 from privacy.calibration import epsilon as epsilon_of
 from privacy.calibration import noise_multiplier as noise_for
 from privacy.events import Event, SgdEvent
@@ -26,12 +27,9 @@ from privacy.plan_shares import Shares
 MOST_ROUNDS = 100_000
 MOST_STEPS = 10**8
 MOST_POINTS = 20
-# Privacy loss distributions grow with epsilon until they fill the memory, and there nobody needs
-# them: an epsilon of 100 promises nothing, by either accountant.
+# An epsilon of 100 promises nothing, by either accountant, and pld is slow to say so.
 MOST_EPSILON_BY_PLD = 100.0
 MOST_EPSILON_TO_START = 1e5
-MOST_STEPS_BY_PLD = 10**6
-LEAST_DELTA_BY_PLD = 1e-11  # below it, the tails that are cut off count as lost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from aggregation.init import initial_adapter
 from aggregation.train import Assignment
 from aggregation.update import Update
 from clients.base import BaseMismatch, BaseRef
+from clients.client_app import _fault
 from clients.data import DataError, DataSource, Examples
 from clients.faults import JobFailure, JobFault
 from clients.model import adapter_spec
@@ -28,9 +29,10 @@ from clients.trainer import ResidentTrainer
 from clients.trainer_process import TrainerClient, listen, parsed, serve
 from clients.trainer_wire import TrainerError, receive
 from clients.training import ClientJob, Owner, TrainingPlan
-from privacy.budget import LocalPrivacy
+from privacy.budget import BudgetExceeded, LocalPrivacy
 from privacy.calibration import epsilon
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, Terms
+from protos.flower import ClientFault
 from tests.device.tiny import LABELS, make_base
 from tests.waiting import until
 
@@ -263,6 +265,19 @@ def test_a_socket_that_cannot_be_is_refused(tmp_path: Path) -> None:
         TrainerClient(tmp_path / "absent.sock").wait_ready(0.0)
     with pytest.raises(TrainerError, match="ended before"):
         TrainerClient(tmp_path / "absent.sock").wait_ready(5.0, lambda: False)
+
+
+def test_what_a_limit_refuses_is_refused_by_its_name(
+    nearby: tuple[Path, ResidentTrainer], base: BaseRef, examples: Examples, tmp_path: Path
+) -> None:
+    path, trainer = nearby
+    trainer._ledger = Ledger(tmp_path / "ledger.sqlite")
+    trainer._ledger.set_limit(Terms(delta=1e-3, epsilon=7.0))
+    asked = job(base, examples)
+    owner = Owner(client="ann", run="r", round=1)
+    with pytest.raises(BudgetExceeded, match="measuring on its own rows") as refused:
+        TrainerClient(path).evaluate(asked.adapter, examples, owner=owner)
+    assert _fault(refused.value) is ClientFault.BUDGET_EXCEEDED
 
 
 def test_a_device_has_a_secret_of_its_own_unless_it_is_simulated(

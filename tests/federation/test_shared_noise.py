@@ -281,7 +281,9 @@ def test_a_device_insists_on_noise(tmp_path: Path) -> None:
     config = secure_settings(tmp_path, recipe="ffa-lora", client_privacy=promised())
     ring = ring_of(config.chosen(), 12).to_mapping()
     insist({}, {})
-    insist({"least-noise": "2.0"}, ring)
+    insist({"least-noise": "2.0", "roster-digest": "sha256:0"}, ring)
+    with pytest.raises(SecureSumError, match="in the clear"):
+        insist({"roster-digest": "sha256:0"}, {})
     for task in ({}, {**ring, "noise": 1.9}):
         with pytest.raises(SecureSumError, match="least-noise=2"):
             insist({"least-noise": 2.0}, task)

@@ -21,6 +21,7 @@ from aggregation.adapter import Adapter
 from clients import identity
 from clients.base import find_base
 from clients.client_app import app as client_app
+from clients.node import insist_on_sum
 from clients.trainer import ResidentTrainer
 from clients.trainer_process import listen, serve
 from federation.rounds import RoundsConfig
@@ -28,6 +29,7 @@ from federation.server_app import run_training
 from federation.strategy import TrainingResult
 from privacy.ledger import Ledger
 from privacy.secure_roster import Roster
+from privacy.secure_session import SecureSumError
 from privacy.statement import explain
 from protos.messages import EnrolReply
 from simulations import folder
@@ -235,6 +237,12 @@ def test_enrolled_devices_sum_with_a_roster_that_they_have_pinned(
         again = _over(config, run.initial, devices)
         assert set(again.rounds[-1].refused.values()) == {"secure-sum"}
         assert again.adapter.digest == run.initial.digest
+
+        # A server that asks for the update in the clear, or for its projection, gets neither.
+        bare = replace(config, run="bare", pieces={}, recipe="fedit")
+        assert set(_over(bare, run.initial, devices).rounds[-1].refused.values()) == {"secure-sum"}
+        with pytest.raises(SecureSumError, match="in the clear"):
+            insist_on_sum(devices[0].config, False)
 
         # A roster that is not the one that was pinned; no trainer process; no identity.
         other = replace(config, run="other")
