@@ -140,6 +140,8 @@ class Progress(BaseModel):
 class RolloutStatus(RolloutAnswer):
     """A rollout with what each device said."""
 
+    back_to: str = Field(description="What a roll-back brings; empty: the base model alone.")
+    no_way_back: str = Field(description="Why devices would refuse that; empty: they would not.")
     trouble: str = Field(description="Why the fleet is not told of its last round; empty: it is.")
     progress: Progress
     concerns: list[Concern]

@@ -111,8 +111,11 @@ def _status(
     observations = desk.fleet.observations(record.rollout)
     words = {(one["device_id"], one["release"]): one for one in desk.fleet.outcomes(rollout_id)}
     phases = desk.fleet.phases(rollout_id)
+    back, stuck = desk.ticker.way_back(record.rollout)
     return {
         **_rollout(record),
+        "back_to": back.previous.release,
+        "no_way_back": stuck,
         "trouble": desk.ticker.trouble if record.rollout.state in ACTIVE else "",
         **standing(
             record.rollout, observations, words, where=where, troubled=troubled, phases=phases

@@ -110,6 +110,7 @@ def preview(
     observations: Sequence[Observation],
     records: Sequence[ReleaseRecord],
     unreadable: Unreadable = lambda record: (),
+    no_way_back: str = "",
 ) -> Preview:
     """Walk through the waves of a draft.
 
@@ -118,6 +119,7 @@ def preview(
         observations: one for each active device.
         records: of the releases, in the order of ``rollout.targets``.
         unreadable: names of the devices that lack the key of a release.
+        no_way_back: why devices would refuse the release before; empty if they would not.
     """
     blind = [frozenset(unreadable(record)) for record in records]
     names = [one.device_id for one in observations]
@@ -151,6 +153,7 @@ def preview(
         at_most_seconds=takes.at_most,
         blind_band=blind_band(policy.clip, policy.liar_share),
         warnings=(
+            *([f"there is no way back from it: {no_way_back}"] if no_way_back else []),
             *_moving(rollout, moved),
             *_warnings(waves, policy, _needed(policy, len(rollout.targets), fall=False)),
         ),

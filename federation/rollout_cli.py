@@ -287,7 +287,8 @@ def _verb(verb: Verb, text: str) -> None:
         with plain_errors(), call_operator(home, url, token_file) as operator:
             if dry_run or (asks and not yes and sys.stdin.isatty()):
                 now = operator.rollout(name)
-                allowed = allows(verb, State(now["state"]), now["wave"])
+                stuck = verb is Verb.ROLLBACK and now["no_way_back"] != ""
+                allowed = allows(verb, State(now["state"]), now["wave"]) and not stuck
                 words = effect(verb, now, allowed)
                 if dry_run:
                     said = {"rollout": name, "verb": verb, "possible": allowed, "effect": words}

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from federation.rollout_nouns import ALLOWED, Verb
+from federation.rollout_nouns import ALLOWED, UNDER_WAY, Verb
 from federation.shown import at, lasting, print_table, size_of
 
 WIDTH = 100
@@ -38,11 +38,13 @@ def progress(one: Mapping[str, Any]) -> str:
 def effect(verb: Verb, one: Mapping[str, Any], allowed: bool) -> str:
     """What a verb would do to how many devices."""
     done, name = one["progress"], one["id"]
+    if verb is Verb.ROLLBACK and one["no_way_back"]:
+        return f"cannot rollback {name}: {one['no_way_back']}"
     if not allowed:
         needs, never = ", ".join(sorted(ALLOWED[verb])), ", and it never began"
         state = one["state"] + (never if one["wave"] < 0 else "")
         return f"cannot {verb} {name}: it is {state}; {verb} needs: {needs}"
-    before = one["previous"]["release"] or "the base model"
+    before = one["back_to"] or "the base model"
     running = done["running"]
     wave = min(one["wave"] + 1, len(one["waves"]) - 1)
     further = f"wave {wave + 1} of {len(one['waves'])} ({one['waves'][wave]})"
@@ -96,6 +98,8 @@ def print_rollout(one: Mapping[str, Any]) -> None:
             )
     if one["comparison"] is not None:
         say(_comparison(one))
+    if one["no_way_back"] and one["state"] in UNDER_WAY:
+        say(f"there is no way back from it: {one['no_way_back']}")
     if one["trouble"]:
         say(f"the fleet is not told yet: {one['trouble']}; it is tried again")
     if one["state"] == "paused" and not one["held"]:

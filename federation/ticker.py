@@ -126,7 +126,8 @@ class Ticker:
         with self._store.read() as connection:
             rollout = self._draft(connection, release, waves, policy, other)
         fits = [self._repository.release(one.release) for one in rollout.targets]
-        return preview(rollout, self._fleet.observations(rollout), fits, unreadable)
+        stuck = self.way_back(rollout)[1]
+        return preview(rollout, self._fleet.observations(rollout), fits, unreadable, stuck)
 
     def _draft(
         self,
@@ -207,7 +208,7 @@ class Ticker:
         if verb is Verb.START:
             rollout = self._as_of_now(rollout)
         if verb is Verb.ROLLBACK:
-            rollout, stuck = self._way_back(rollout)
+            rollout, stuck = self.way_back(rollout)
         observations = self._fleet.observations(rollout)
         decision = act(rollout, verb, observations, self._store.clock(), why, who, stuck)
         self._apply(decision, who, verb.value, turn)
@@ -222,7 +223,8 @@ class Ticker:
             before = book.baseline(connection, self._repository.refusal, draft.targets)
         return replace(draft, previous=before)
 
-    def _way_back(self, rollout: Rollout) -> tuple[Rollout, str]:
+    def way_back(self, rollout: Rollout) -> tuple[Rollout, str]:
+        """See :func:`federation.rollout_book.way_back`."""
         with self._store.read() as connection:
             return book.way_back(connection, rollout, self._repository.refusal)
 
@@ -259,7 +261,7 @@ class Ticker:
                 return
             stuck = ""
             if rollout.state is State.HALTED:
-                rollout, stuck = self._way_back(rollout)
+                rollout, stuck = self.way_back(rollout)
             observations = self._fleet.observations(rollout)
             decision = decide(rollout, observations, self._store.clock(), stuck)
             if decision == Decision(rollout):

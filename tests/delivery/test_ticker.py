@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,6 +23,7 @@ from federation.authority import open_authority
 from federation.enrolment import Enrolment
 from federation.first_start import Passphrases, open_repository
 from federation.fleet import Fleet
+from federation.gateways import keep_working
 from federation.orders import BASE
 from federation.policy import Policy
 from federation.published import NotFoundError
@@ -208,6 +213,30 @@ def test_a_failed_canary_takes_everybody_back_and_the_rest_never_hear_of_it(hous
     whys = [line["why"] for line in house.store.audit()]
     for step in ("running -> halted", "halted -> rolling_back", "rolling_back -> rolled_back"):
         assert any(why.startswith(step) for why in whys), step
+
+
+def test_however_much_is_reported_there_is_rest_between_two_looks() -> None:
+    """A look at thousands of devices takes long; one after the other they would fill a core."""
+    looks: list[float] = []
+
+    async def watch() -> None:
+        poke, enough = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def look(_poked: bool) -> None:
+            looks.append(time.monotonic())
+            threading.Event().wait(0.03)
+            loop.call_soon_threadsafe(poke.set)  # devices go on reporting
+            if len(looks) == 4:
+                loop.call_soon_threadsafe(enough.set)
+
+        task = asyncio.create_task(keep_working(look, poke, 0.01))
+        async with asyncio.timeout(20.0):
+            await enough.wait()
+        task.cancel()
+
+    asyncio.run(watch())
+    assert all(later - earlier > 4 * 0.03 for earlier, later in itertools.pairwise(looks))
 
 
 def test_a_device_that_says_much_does_not_fill_the_disk(

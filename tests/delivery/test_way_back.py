@@ -9,12 +9,15 @@ import pytest
 
 from federation import release
 from federation.keys import KeyFolder
+from federation.operators import Role
 from federation.orders import BASE
 from federation.policy import OnSuccess, Policy
 from federation.published import PublishError
 from federation.rollout import Rollout, State, Verb
+from federation.rollout_shown import effect
 from federation.waves import RolloutError, Wave
 from protos.messages import DeviceEvent
+from tests.delivery.test_operators import Interface
 from tests.delivery.test_ticker import FOUR, WAVES, House, count, roll_out, run_to_end
 
 
@@ -60,6 +63,7 @@ def test_what_was_aborted_in_the_middle_can_still_be_taken_back(house: House) ->
     house.ticker.act(rollout.id, Verb.ABORT, who="ann")
     assert [house.told(name) for name in FOUR] == [None] * 4
     told = house.ticker.preview(house.publish(3), WAVES, Policy()).warnings
+    assert not any("no way back" in words for words in told)
     assert any("take stable-1 at the start; 1 of them" in words for words in told)
     house.ticker.act(rollout.id, Verb.ROLLBACK, who="ann", why="after all")
     assert count(house, "stable-1") == 4
@@ -105,8 +109,13 @@ def test_below_the_floor_nobody_is_sent_back_and_it_is_said(house: House) -> Non
     rollout = roll_out(house, house.publish(2))
     third = house.publish(3)
     revoke(house, "stable-1", also_older=True)
+    told = house.ticker.preview(third, WAVES, Policy()).warnings
+    assert any(words.startswith("there is no way back from it: stable-1") for words in told)
     with pytest.raises(RolloutError, match=r"stable-1 is revoked .* newer release; until"):
         house.ticker.act(rollout.id, Verb.ROLLBACK, who="ann")
+    shown = Interface(house).ok(Role.VIEWER, "GET", f"/v1/rollouts/{rollout.id}")
+    assert "stable-1 is revoked" in shown["no_way_back"]
+    assert effect(Verb.ROLLBACK, shown, allowed=False).startswith("cannot rollback r-2: stable-1")
     fail_canary(house, rollout)
     ended = house.ticker.record(rollout.id).rollout
     assert ended.state is State.ABORTED, "it must not be said to be rolled back"
