@@ -89,6 +89,24 @@ def test_fedsvd_is_exact_over_rounds_with_an_orthonormal_a(
         assert report.error < 1e-6
 
 
+def test_a_ridge_over_rows_that_depend_on_each_other_stays_finite_and_repairs() -> None:
+    spec = AdapterSpec(BASE, (ModuleSpec("query", 12, 10, 4, 16.0),))
+    tensors = dict(random_adapter(spec, 0).tensors)
+    key_a = spec.modules[0].keys[0]
+    tensors[key_a] = tensors[key_a][[0, 0, 1, 1]]  # as a start of another make may have them
+    start = Adapter(spec, tensors)
+    updates = []
+    for k in range(3):
+        trained = dict(moved(start, k, 0.5).tensors)
+        trained[key_a] = trained[key_a][[0, 0, 1, 1]]
+        updates.append(update(f"c{k}", start, Adapter(spec, trained)))
+    errors = []
+    for refactor in (Keep(), Ridge(strength=1e-250)):
+        chosen = Recipe("r", reduce=FactorMean(), refactor=refactor, distribute=Same())
+        errors.append(run(chosen, initial_state(start), updates)[1].error)
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(4, 10, 4), (10, 4, 4), (6, 10, 4)])
 @pytest.mark.parametrize("learnt", [0, 1])
 def test_directions_in_which_nothing_was_learnt_keep_their_rows_at_full_rank_too(
