@@ -101,13 +101,14 @@ class Admission:
         if reduce.mixed_ranks and not reduce.factors:
             return ""
         for mine, other in zip(ours.modules, theirs.modules, strict=True):
-            said = f"module {mine.name} has rank {other.rank} and alpha {other.alpha}, expected"
+            scales = ours.scale(mine.name), theirs.scale(mine.name)
+            said = f"module {mine.name} has rank {other.rank} and scale {scales[1]:g}, expected"
             if reduce.mixed_ranks and other.rank > mine.rank:
                 return f"{said} a rank of at most {mine.rank}, that of the global adapter"
-            same = (mine.rank, ours.scale(mine.name)) == (other.rank, theirs.scale(mine.name))
+            same = mine.rank == other.rank and scales[0] == scales[1]
             if not same and not reduce.mixed_ranks:
                 return (
-                    f"{said} {mine.rank} and {mine.alpha}; recipe svd-warm-start takes mixed ranks"
+                    f"{said} {mine.rank} and {scales[0]:g}; recipe svd-warm-start takes mixed ranks"
                 )
         return ""
 

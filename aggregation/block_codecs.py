@@ -178,7 +178,7 @@ class _Blocks(Codec):
 
 @dataclass(frozen=True)
 class Int8(_Blocks):
-    """Codec: differences as -127..127 in blocks, 1.03 bytes each; error up to 1/253 of the peak.
+    """Codec: differences as -127..127 in blocks, 1.03 bytes each; error up to 1/252 of the peak.
 
     Attributes:
         block: values that share a scale, 8 to 65536.
@@ -192,7 +192,7 @@ class Int8(_Blocks):
 
 @dataclass(frozen=True)
 class Int4(_Blocks):
-    """Codec: differences as -7..7 in blocks, 0.53 bytes each; error up to 1/14 of the peak.
+    """Codec: differences as -7..7 in blocks, 0.53 bytes each; error up to 1/13 of the peak.
 
     Attributes:
         block: values that share a scale, 8 to 65536.

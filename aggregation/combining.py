@@ -231,7 +231,8 @@ class Reduction:
         buffers = recipe.optimise.transport(adapter.spec, buffers, split.transport)
         state = GlobalState(adapter, split.residual, number, buffers)
         report = self._report(state, _with_lost(split.modules, reduced.lost))
-        return state, replace(report, influence=influence)
+        measured = bool(split.modules) or not state.adapter.spec.modules
+        return state, replace(report, influence=influence, measured=measured)
 
     def _open(self) -> None:
         if self._closed:

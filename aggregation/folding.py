@@ -11,7 +11,7 @@ own, in full precision and starting from the pristine weights. It changes no num
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -113,7 +113,9 @@ class Fresh(Piece):
 
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """New factors, drawn from the number of the round; all that was learnt is the residual."""
-        fresh = initial_adapter(state.adapter.spec, seed=state.round + 1)
+        # Biases that train start at the base's own values; they are not drawn, nor begun afresh.
+        bare = replace(state.adapter.spec, others=(), settings=())
+        fresh = initial_adapter(bare, seed=state.round + 1)
         factors, residual, modules = {}, {}, {}
         for module in state.adapter.spec.modules:
             left, right = fresh.factors(module.name)

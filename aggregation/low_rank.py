@@ -127,8 +127,9 @@ class LowRank:
             most: make no more than this many singular vectors; the singular values are all there.
             all_rows: count every term, so that Vt spans all rows of A, whatever B makes of them.
         """
-        if self.rank >= min(self.shape):
-            # The factors are no smaller than the matrix: two more QRs would only cost time.
+        if self.rank >= min(self.shape) + all_rows:
+            # The factors are no smaller than the matrix: two more QRs would only cost time. (But
+            # of a matrix that is not of full rank it does not tell which rows A has besides.)
             left, values, rows = _leading(self.dense(), most, by_gram=True)
             signs = _signs(rows)
             return left * signs, values, rows * signs[:, None]

@@ -58,6 +58,8 @@ class AggregationReport:
             out, or the trusted one. Of rules per coordinate it is the mean over the coordinates in
             which clients differ. Empty if nobody changed anything.
         unchanged: why the adapter had to stay as it was; empty if a round was made.
+        measured: whether ``error`` and ``energy`` are known; a secure sum, for one, shows nobody
+            the products that they would be measured against.
     """
 
     round: int
@@ -67,6 +69,7 @@ class AggregationReport:
     modules: Mapping[str, ModuleReport]
     influence: Mapping[str, float] = field(default_factory=dict)
     unchanged: str = ""
+    measured: bool = True
 
     @property
     def error(self) -> float:
@@ -90,6 +93,7 @@ class AggregationReport:
             "energy": self.energy,
             "influence": dict(self.influence),
             "unchanged": self.unchanged,
+            "measured": self.measured,
             "modules": {
                 name: {
                     "rank": m.rank,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregation.errors import RecipeError
-from aggregation.low_rank import LowRank
+from aggregation.low_rank import Array, LowRank
 from aggregation.piece import Piece
 from aggregation.reducing import Reduced
 from aggregation.refactoring import Refactored, mean_factors, measured
@@ -53,6 +53,14 @@ class Ridge(Piece):
                 "refactor=keep corrects nothing"
             )
 
+    def _correction(self, missed: LowRank, right: Array, scale: float) -> Array:
+        """dB, from the SVD of A: rows that depend on each other are no division by nothing."""
+        turn, sizes, rows = np.linalg.svd(right, full_matrices=False)
+        kept = sizes > np.finfo(np.float64).eps * max(right.shape) * sizes[:1].sum()
+        filtered = np.where(kept, scale * sizes, 0.0) / (scale**2 * sizes**2 + self.strength)
+        onto = missed.B @ (missed.A @ rows.T)
+        return np.asarray(onto * filtered @ turn.T)
+
     def apply(self, state: GlobalState, change: Reduced) -> Refactored:
         """Correct the mean B of every module.
 
@@ -68,8 +76,6 @@ class Ridge(Piece):
             left, right = mean
             exact = state.exact(name) + change.products[name]
             missed = exact - LowRank(left * scale, right)
-            normal = scale**2 * (right @ right.T) + self.strength * np.eye(len(right))
-            onto = scale * missed.B @ (missed.A @ right.T)
-            factors[name] = (left + np.linalg.solve(normal, onto.T).T, right)
+            factors[name] = (left + self._correction(missed, right, scale), right)
             modules[name] = measured(state, change, name, factors[name])
         return Refactored(factors, dict(state.residual), modules)

@@ -12,8 +12,8 @@ matrix. Ranks and scales may differ, and no rotation of a client's factors chang
 rounding. In float64 throughout.
 
 Squared distances are sizes minus twice the inner product, which loses all digits where two large
-updates nearly agree, as those of colluders do. Such pairs are measured anew, on the factors of
-their difference.
+updates nearly agree, as those of colluders do. Such are measured anew, as changes from one of them
+if they share a start, else pair by pair on the factors of their difference.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from aggregation.adapter import Adapter
 from aggregation.low_rank import Array, LowRank
@@ -113,10 +114,34 @@ class Changes:
         both = sizes[:, None] + sizes
         squared = np.maximum(both - 2.0 * self.gram, 0.0)
         np.fill_diagonal(squared, 0.0)
-        for k, other in np.argwhere(np.triu(squared < _CANCELLED * both, 1)):
+        near = squared < _CANCELLED * both
+        alike = near & self._same_start()
+        for k in range(len(self.each)):
+            group = np.flatnonzero(alike[k] | (np.arange(len(near)) == k))
+            if len(group) > 1:
+                pairs = np.ix_(group, group)
+                squared[pairs] = np.where(alike[pairs], self._from(k, group), squared[pairs])
+                near[pairs] &= ~alike[pairs]
+                alike[pairs] = False
+        for k, other in np.argwhere(np.triu(near, 1)):
             apart = self.each[k].distance(self.each[other])
             squared[k, other] = squared[other, k] = apart**2
         return squared
+
+    def _same_start(self) -> npt.NDArray[np.bool_]:
+        """Which pairs began at the same adapter, (K, K)."""
+        numbers: dict[str, int] = {}
+        starts = [numbers.setdefault(one.start.digest, len(numbers)) for one in self.each]
+        return np.equal.outer(starts, starts)
+
+    def _from(self, origin: int, members: npt.NDArray[np.intp]) -> Array:
+        """Squared distances between some that share a start, seen from one of them.
+
+        Their changes from that one are as small as they are far apart, so nothing cancels; and if
+        some of them are nearer still, the same is done again among those, without that one.
+        """
+        seen = self.each[origin].adapter
+        return Changes(self.spec, [Change(self.each[k].adapter, seen) for k in members]).squared
 
     def around(self, middle: int) -> Array:
         """Inner products of all changes relative to one of them, of shape (K, K).

@@ -12,7 +12,6 @@ for every entry are in :mod:`aggregation.server_adaptive`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -27,6 +26,7 @@ from aggregation.spec import AdapterSpec
 from aggregation.state import Buffers, GlobalState
 
 MOMENTUM = "momentum"
+_MOST_RATE = 1e6
 
 
 class Optimise(Piece):
@@ -255,14 +255,15 @@ def is_nothing(change: Reduced) -> bool:
 
 
 def check_rate(kind: str, rate: float, usual: str) -> None:
-    """Refuse a learning rate that is not positive and finite.
+    """Refuse a learning rate that is not positive, or so large that a step may overflow.
 
     Raises:
         RecipeError: naming it.
     """
-    if not (math.isfinite(rate) and rate > 0):
+    if not 0 < rate <= _MOST_RATE:  # NaN is neither
         raise RecipeError(
-            f"{kind}: server learning_rate={rate} must be positive and finite; {usual}"
+            f"{kind}: server learning_rate={rate} must be above 0 and at most {_MOST_RATE:g}; "
+            f"{usual}"
         )
 
 

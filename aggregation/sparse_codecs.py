@@ -200,8 +200,8 @@ class ZerosOmitted(Codec):
         return out.view(np.float32)
 
     def nbytes(self, n: int) -> int:
-        """Bytes of n values none of which is zero: the most there can be."""
-        return omitted_bytes(n, n)
+        """The most there can be: where one value is zero, the places of the others are said."""
+        return max(omitted_bytes(n, n), omitted_bytes(max(0, n - 1), n))
 
 
 def omitted_bytes(k: int, n: int) -> int:

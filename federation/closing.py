@@ -60,6 +60,7 @@ def close(
     record = replace(
         record,
         unchanged=report.unchanged,
+        measured=report.measured,
         adapter_out=state.adapter.digest,
         aggregation_error=_dropped(report) if beside else report.error,
         kept_energy=1.0 - _dropped(report) ** 2 if beside else report.energy,

@@ -30,7 +30,15 @@ LATE = "late"
 TOO_SMALL = "max-rank"
 STALE, UNREACHABLE = "stale", "unreachable"  # of recipes without rounds
 # Fields that records of older versions do not have.
-_LATER = {"personal", "bytes_measuring", "influence", "unchanged", "client_events", "secure"}
+_LATER = {
+    "bytes_measuring",
+    "client_events",
+    "influence",
+    "measured",
+    "personal",
+    "secure",
+    "unchanged",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +179,7 @@ class Round:
         aggregation_error: relative distance from the exact mean to what is handed out, with what
             clients load beside the adapter, if they do.
         kept_energy: share of the mean's squared norm that is handed out.
+        measured: whether those two are known; under a secure sum of factors, for one, they are not.
         bytes_down: bytes of all arrays that were sent to clients for training, repeats included.
         bytes_up: bytes of all arrays that came back, of refused updates too.
         metrics: of the new adapter on held-out examples.
@@ -214,6 +223,7 @@ class Round:
     unchanged: str = ""
     client_events: tuple[Mapping[str, Any], ...] = ()
     secure: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = True
 
     def to_document(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -90,12 +90,13 @@ def line(
         central: what is promised to every client as a whole, or None.
     """
     spent = epsilons(rounds, privacy, record.number)
+    known = record.measured and not central
     return {
         "round": record.number,
         **dict(record.metrics),
         # With noise on the sum nobody may know what it is without.
-        "aggregation_error": None if central else record.aggregation_error,
-        "kept_energy": None if central else record.kept_energy,
+        "aggregation_error": record.aggregation_error if known else None,
+        "kept_energy": record.kept_energy if known else None,
         "cohort": len(record.cohort),
         "used": len(record.used),
         "refused": dict(record.refused),

@@ -140,6 +140,8 @@ def test_lossless_means_every_bit_pattern() -> None:
     sparse = np.zeros(1000, np.float32)
     sparse[[3, 999]] = -0.0, 5
     assert len(ZerosOmitted().encode(sparse)) < 20
+    nearly_all = np.arange(1000, dtype=np.float32)
+    assert len(ZerosOmitted().encode(nearly_all)) == ZerosOmitted().nbytes(1000)
     assert (bits(ZerosOmitted().decode(ZerosOmitted().encode(sparse), 1000)) == bits(sparse)).all()
 
 

@@ -240,6 +240,19 @@ def test_dora_and_rslora_folders_are_combined(tmp_path: Path) -> None:
         assert relative(whole(tmp_path / "out")[module], matrix) < 1e-5
 
 
+def test_flora_begins_the_factors_afresh_and_keeps_trained_biases(tmp_path: Path) -> None:
+    plain = plain_spec()
+    bias = TensorSpec("layer.0.query.base_layer.bias", (plain.modules[0].d_out,))
+    spec = replace(plain, others=(bias,), settings=(("bias", "lora_only"),))
+    adapters = [random_adapter(spec, k) for k in range(3)]
+    result = command(*write(adapters, tmp_path), "--recipe", "flora", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    mean = np.mean([adapter.tensors[bias.key] for adapter in adapters], axis=0)
+    found = peft_layout.read(tmp_path / "out")
+    assert relative(found.tensors[bias.key], mean) < 1e-6
+    assert not any(found.factors(module.name)[0].any() for module in spec.modules)
+
+
 def test_what_is_said_of_the_error_is_true_of_tensors_without_modules_too(tmp_path: Path) -> None:
     own = TensorSpec("layer.key.ia3_l", (24, 1))
     spec = AdapterSpec(BASE, others=(own,), peft_type="IA3", settings=(("fan_in_fan_out", False),))

@@ -184,6 +184,7 @@ def test_default_rates_suit_the_changes_of_lora() -> None:
 def test_settings_out_of_range_are_refused_by_name() -> None:
     for make, what in (
         (lambda: Sgd(float("nan")), "learning_rate=nan"),
+        (lambda: Sgd(1e300), "at most 1e.06"),
         (lambda: Momentum(learning_rate=-1.0), "learning_rate=-1"),
         (lambda: Momentum(beta=1.0), "beta=1"),
         (lambda: Momentum(rank=0), "rank=0"),

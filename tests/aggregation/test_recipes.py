@@ -200,6 +200,36 @@ def test_two_levels_give_the_same_exact_update_as_one() -> None:
         assert relative(both, flat.exact(module.name).dense()) < 1e-6
 
 
+GAUGE_KEPT = sorted(
+    name
+    for name in set(SPLITTING) - {"flasc", "lora-fair"}
+    if RECIPES[name].reduce.kind == "factor-mean" and not RECIPES[name].refactor.turns
+)
+
+
+@pytest.mark.parametrize("name", GAUGE_KEPT)
+@settings(FEW, max_examples=4)
+@given(spec=specs(), seed=SEEDS, split=st.integers(1, 4), absent=st.booleans())
+def test_two_levels_of_a_mean_of_factors_are_one(
+    spec: AdapterSpec, seed: int, split: int, absent: bool, name: str
+) -> None:
+    """What groups hand up, by their weight, is what all of them give at once."""
+    chosen = recipe(name)
+    state = in_gauge(chosen, random_adapter(spec, seed))
+    start = state.adapter
+    updates = [update(f"c{k}", start, honest(chosen, start, seed + k), 1.0 + k) for k in range(5)]
+    flat, _ = run(chosen, state, updates)
+    upper = []
+    for k, group in enumerate((updates[:split], updates[split:])):
+        below, _ = run(chosen, state, group)
+        upper.append(update(f"g{k}", start, below.adapter, sum(u.weight for u in group)))
+    if absent:  # as good as nobody
+        upper.append(update("nobody", start, honest(chosen, start, seed + 9), 1e-9))
+    both, _ = run(chosen, state, upper)
+    for key, value in flat.adapter:
+        assert relative(both.adapter.tensors[key], value) < 1e-6
+
+
 @pytest.mark.parametrize("wiggle", [0.0, 1e-7])
 def test_rounds_in_which_nobody_learns_change_nothing(wiggle: float) -> None:
     """Ranks 4/8/16 for ten rounds: the truncation of small clients must not leak into the model."""

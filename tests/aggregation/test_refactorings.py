@@ -80,6 +80,41 @@ def test_fedsvd_is_exact_over_rounds_with_an_orthonormal_a(
         assert report.error < 1e-6
 
 
+def test_a_ridge_over_rows_that_depend_on_each_other_stays_finite_and_repairs() -> None:
+    spec = AdapterSpec(BASE, (ModuleSpec("query", 12, 10, 4, 16.0),))
+    tensors = dict(random_adapter(spec, 0).tensors)
+    key_a = spec.modules[0].keys[0]
+    tensors[key_a] = tensors[key_a][[0, 0, 1, 1]]  # as a start of another make may have them
+    start = Adapter(spec, tensors)
+    updates = []
+    for k in range(3):
+        trained = dict(moved(start, k, 0.5).tensors)
+        trained[key_a] = trained[key_a][[0, 0, 1, 1]]
+        updates.append(update(f"c{k}", start, Adapter(spec, trained)))
+    errors = []
+    for refactor in (Keep(), Ridge(strength=1e-250)):
+        chosen = Recipe("r", reduce=FactorMean(), refactor=refactor, distribute=Same())
+        errors.append(run(chosen, initial_state(start), updates)[1].error)
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(4, 10, 4), (10, 4, 4), (6, 10, 4)])
+@pytest.mark.parametrize("learnt", [0, 1])
+def test_directions_in_which_nothing_was_learnt_keep_their_rows_at_full_rank_too(
+    d_out: int, d_in: int, rank: int, learnt: int
+) -> None:
+    spec = AdapterSpec(BASE, (ModuleSpec("query", d_in, d_out, rank, 16.0),))
+    start = initial_adapter(spec, 0)
+    move = np.zeros((d_out, rank))
+    move[:, :learnt] = np.random.default_rng(0).standard_normal((d_out, learnt))
+    moves = {"query": (move, np.zeros((rank, d_in)))}
+    split = Svd(residual_rank=0).apply(initial_state(start), Reduced({}, moves, {}))
+    old, (left, rows) = start.factors("query")[1].astype(float), split.factors["query"]
+    assert relative(rows @ rows.T, np.eye(rank)) < 1e-12
+    assert relative(old @ rows.T @ rows, old) < 1e-12
+    assert np.linalg.norm(left @ rows - move @ old) < 1e-12
+
+
 @FEW
 @given(specs(), SEEDS, BALANCE)
 def test_the_lossless_svd_is_lossless_to_the_last_digits(

@@ -112,6 +112,21 @@ def test_near_identical_updates_keep_their_distance(apart: float) -> None:
         assert np.abs(plain - exact)[off].max() > 1e-4 * exact[off].min()
 
 
+def test_crowds_within_crowds_keep_their_distances() -> None:
+    """Colluders in pairs that hardly differ: each crowd is looked at from one of its own."""
+    spec = plain_spec((3, 3), width=20)
+    start = random_adapter(spec, 0)
+    crowd = [moved(moved(start, 1, 10.0), 2 + k // 5, 1e-3) for k in range(20)]
+    every = [Change(moved(one, 50 + k, 1e-6), start) for k, one in enumerate(crowd)]
+    every += [Change(moved(start, 100 + k, 1.0), start) for k in range(3)]
+    vectors = np.array([dense(one) for one in every])
+    exact = np.sum((vectors[:, None] - vectors) ** 2, axis=2)
+    changes = Changes(spec, every)
+    off = ~np.eye(len(every), dtype=bool)
+    assert np.abs(changes.squared / np.where(off, exact, 1.0) - 1)[off].max() < 1e-4
+    assert np.array_equal(changes.squared, changes.squared.T)
+
+
 def test_identical_updates_are_at_distance_exactly_zero() -> None:
     start = random_adapter(plain_spec(), 0)
     trained = moved(start, 1)

@@ -101,6 +101,15 @@ def test_fedit_refuses_another_rank_and_names_the_recipe_that_takes_it() -> None
     assert error.value.reason is UpdateReason.WRONG_SHAPE
 
 
+def test_what_is_refused_for_its_scale_alone_is_told_so() -> None:
+    """rsLoRA beside plain LoRA: the same rank and alpha, and another scale."""
+    other = replace(SPEC, use_rslora=True)
+    start = recipe("svd-warm-start").hand_out(STATE, other)
+    reduction = recipe("fedit").begin(STATE, starts={start.digest: start})
+    with pytest.raises(UpdateError, match="has rank 4 and scale 8, expected 4 and 4"):
+        reduction.add(update("c", start, moved(start, 1)))
+
+
 def test_the_same_reply_counts_once() -> None:
     reduction = recipe("svd-warm-start").begin(STATE)
     reduction.add(GOOD)

@@ -32,7 +32,7 @@ from privacy.secure_roster import Roster
 from privacy.secure_session import SecureSumError
 from privacy.statement import explain
 from protos.messages import EnrolReply
-from simulations import folder
+from simulations import folder, records
 from simulations.grid import LocalGrid
 from simulations.run import RunError, simulate
 from simulations.scenario import load
@@ -66,6 +66,10 @@ def test_real_clients_give_the_sum_of_their_updates(
     record = secure.rounds[-1]
     assert record.unchanged == ""
     assert record.used == clear.rounds[-1].used
+    # Nobody sees the products of the single updates; two sketches tell what they have missed.
+    assert (clear.rounds[-1].measured, record.measured) == (True, recipe == "fedask")
+    written = records.line(secure.rounds, record, None)
+    assert (written["aggregation_error"] is not None) == (recipe == "fedask")
     assert record.privacy_events.keys() == set(record.used)  # what was spent is known, as ever
     assert all(set(said) <= {"steps"} for said in record.client_metrics.values())
     if recipe == "fedask":  # its SVD turns what rounding has moved by a little
