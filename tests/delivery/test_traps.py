@@ -94,7 +94,10 @@ def test_a_fleet_that_comes_back_at_once_is_taken_up_whole(tmp_path: Path) -> No
     """gRPC's own limit cancels calls beyond 1,000 that wait to be taken up."""
 
     async def scenario() -> None:
-        async with station(tmp_path) as (port, _, _):
+        # On a slow machine 2,000 calls take long; that they wait for long is another matter.
+        patient = [("grpc.server_max_unrequested_time_in_server", 600)]
+        limits = {"request": 600.0, "stall": 600.0}
+        async with station(tmp_path, patient, **limits) as (port, _, _):
             watch = pb.WatchRequest().SerializeToString()
             seen: set[tuple[int, int]] = set()
 

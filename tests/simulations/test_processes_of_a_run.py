@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -41,7 +42,9 @@ def rounds_done(out: Path) -> int:
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -150,13 +153,16 @@ def test_ray_gives_the_same_result(world: Path, tmp_path: Path, sockets: Path) -
     pytest.importorskip("ray")
     scenario = world_scenario(world, "federation.rounds=2")
     here = simulate(scenario, tmp_path / "local")
-    process = start(
-        world, tmp_path / "ray", sockets, "--backend", "ray", "--set", "federation.rounds=2"
-    )
-    output, errors = process.communicate(timeout=400)
+    for number in range(3):
+        out = tmp_path / f"ray-{number}"
+        more = ("--backend", "ray", "--set", "federation.rounds=2")
+        process = start(world, out, sockets, *more)
+        output, errors = process.communicate(timeout=400)
+        if "timed out during startup" not in errors:  # Ray gives its own processes 30 s
+            break
     assert process.returncode == 0, errors
     from aggregation import peft_layout
 
-    there = peft_layout.read(tmp_path / "ray" / "adapter")
+    there = peft_layout.read(out / "adapter")
     assert json.loads(output)["data"]["adapter"]["digest"] == there.digest
     assert np.abs(here.adapter.pack() - there.pack()).max() <= 1e-5
