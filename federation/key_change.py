@@ -261,7 +261,7 @@ def _check_name(key: Key, circle: str, known: Mapping[str, Circle]) -> None:
         if key_name(key) in other.names:
             raise KeyChangeError(
                 f"{circle}: a key called {key_name(key)} is there already: give the new one a "
-                "name of its own"
+                "name of its own (airpeft keys init FOLDER --name NAME)"
             )
 
 

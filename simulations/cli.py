@@ -159,6 +159,8 @@ def _table(result: RunResult) -> None:
             cells.append(f"{m['client_epsilon']:.2f}" if m["round"] else "")
         table.add_row(*cells)
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has none, and in it nothing is to be cut off
     console.print(table)
     console.print(f"adapter  {result.adapter.digest}", soft_wrap=True, highlight=False)
     console.print(f"         {result.adapter_folder}", soft_wrap=True, highlight=False)

@@ -84,6 +84,8 @@ def _run(
     from simulations.scenario import ScenarioError, load
 
     console = Console(stderr=output is Format.JSON)
+    if not console.is_terminal:
+        console.width = 100  # a file has none
     try:
         folder = (out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
         options = DemoOptions(
