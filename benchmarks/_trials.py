@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from aggregation import durable
@@ -45,12 +44,7 @@ class Trials:
         """Nothing to do."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the processes."""
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)

@@ -142,7 +142,8 @@ def test_many_pings_are_answered_and_not_punished(tmp_path: Path) -> None:
 
 def test_a_reader_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
     async def scenario() -> None:
-        limits = {"downloads": 1, "stall": 0.3, "patience": 10.0}
+        # Five seconds: a reader that does read is not as slow on any machine.
+        limits = {"downloads": 1, "stall": 5.0, "patience": 60.0}
         async with station(tmp_path, **limits) as (port, _, metrics):
             big = pb.FetchRequest(path="big").SerializeToString()
             _, idle = await dial(port, window=1000)
@@ -152,10 +153,9 @@ def test_a_reader_that_does_not_read_loses_its_place(tmp_path: Path) -> None:
             crowd = Crowd()
             await crowd.connect(port, 2, "", 0)
             async with asyncio.timeout(120):
-                # On a machine that stands still for so long, one that reads may lose its place too.
-                while (await crowd.fetch("big", SIZE, 100))["failed"]:
-                    pass
-            assert stalled(metrics) >= 1
+                found = await crowd.fetch("big", SIZE, 100)
+            assert found["failed"] == 0
+            assert stalled(metrics) == 1
             idle.close()
 
     asyncio.run(scenario())
